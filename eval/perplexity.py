@@ -1,0 +1,164 @@
+"""Perplexity of a causal language model on token windows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from wina.api import sparsify
+from wina.bench.machine import machine_card
+from wina.config import SparsityConfig
+from wina.inspection import measure_sparsity
+from wina.methods import METHODS
+from wina.patch import is_patched, prefill_protocol, restore
+from wina.prefill import parse_prefill
+from wina.progress import progress
+from wina.texts import bundled, to_windows
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What was measured on a text.
+
+    Attributes:
+        nats: mean negative log-likelihood per predicted token.
+        tokens: number of predicted tokens.
+        realised: share of projection weights skipped by the tokens that were sparse; 0 if dense.
+    """
+
+    nats: float
+    tokens: int
+    realised: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats)."""
+        return math.exp(self.nats)
+
+
+def perplexity(
+    model: nn.Module,
+    windows: Tensor,
+    prefill: str = "all",
+    sink_tokens: int = 2,
+    batch: int = 2,
+    title: str = "perplexity",
+    show_progress: bool = True,
+) -> Perplexity:
+    """Score every window on its own, each token given the ones before it in the window.
+
+    Args:
+        model: dense or sparsified decoder.
+        windows: token ids [windows, S].
+        prefill: protocol for a sparsified model: which tokens of a window are sparse.
+        sink_tokens: first tokens of each window that stay dense.
+        batch: windows in one forward pass.
+        title: of the progress bar.
+        show_progress: draw it.
+    """
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    with ExitStack() as stack:
+        counter = None
+        if is_patched(model):
+            stack.enter_context(prefill_protocol(model, parse_prefill(prefill, sink_tokens)))
+            counter = stack.enter_context(measure_sparsity(model))
+        stack.enter_context(torch.no_grad())
+        advance = stack.enter_context(progress(title, len(windows), show_progress))
+        for ids in windows.split(batch):
+            ids = ids.to(device)
+            output: Any = model(input_ids=ids, use_cache=False)
+            logits = output.logits[:, :-1].float().flatten(0, 1)
+            total += float(F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))
+            count += ids[:, 1:].numel()
+            advance(len(ids))
+    return Perplexity(total / count, count, counter.mean if counter else 0.0)
+
+
+def compare(
+    model: nn.Module,
+    tokenizer: Any,
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    texts: Iterable[str] | None = None,
+    tokens: int | None = None,
+    window: int = 512,
+    prefill: str = "all",
+    settings: Mapping[str, Any] | None = None,
+    show_progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Perplexity of every method at every sparsity, calibrated on the bundled text.
+
+    Args:
+        model: a dense decoder, dense again afterwards.
+        tokenizer: the model's.
+        methods: names of :data:`wina.methods.METHODS`; ``"dense"`` is always measured.
+        sparsities: shares of input channels to drop.
+        texts: what to score; the bundled held-out text by default.
+        tokens: score at most this many.
+        window: tokens in one window.
+        prefill: which tokens of a window are sparse.
+        settings: further fields of :class:`SparsityConfig`.
+        show_progress: draw progress bars on stderr.
+
+    Returns:
+        Rows of {method, sparsity, realised_bytes_sparsity, perplexity, nats_over_dense,
+        extra_bytes, tokens}.
+    """
+    windows = to_windows(bundled("heldout") if texts is None else texts, tokenizer, window, tokens)
+    configs = [
+        SparsityConfig(method=method, sparsity=sparsity, **(settings or {}))
+        for method in methods
+        if not METHODS[method].dense
+        for sparsity in sparsities
+    ]
+    baseline = perplexity(model, windows, title="scoring dense", show_progress=show_progress)
+    rows = [_row("dense", 0.0, baseline, baseline)]
+    for config in configs:
+        sparsify(model, config, tokenizer=tokenizer, show_progress=show_progress)
+        try:
+            title = f"scoring {config.method} at {config.sparsity:.0%}"
+            scored = perplexity(
+                model, windows, prefill, config.sink_tokens, title=title,
+                show_progress=show_progress,
+            )  # fmt: skip
+        finally:
+            restore(model)
+        rows.append(_row(config.method, config.sparsity, scored, baseline))
+    return rows
+
+
+def _row(method: str, sparsity: float, scored: Perplexity, baseline: Perplexity) -> dict[str, Any]:
+    return {
+        "method": method,
+        "sparsity": sparsity,
+        "realised_bytes_sparsity": scored.realised,
+        "perplexity": scored.perplexity,
+        "nats_over_dense": scored.nats - baseline.nats,
+        "extra_bytes": 0,
+        "tokens": scored.tokens,
+    }
+
+
+def print_comparison(title: str, rows: Sequence[dict[str, Any]], prefill: str) -> None:
+    """A table for people, then the JSON line."""
+    table = Table(title=f"{title}: perplexity, prefill {prefill}, {rows[0]['tokens']} tokens")
+    for column in ("method", "sparsity", "realised", "perplexity", "nats over dense"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["method"], f"{row['sparsity']:.2f}", f"{row['realised_bytes_sparsity']:.4f}",
+            f"{row['perplexity']:.3f}", f"{row['nats_over_dense']:.4f}",
+        )  # fmt: skip
+    Console(width=100).print(table)
+    print(json.dumps({"model": title, "rows": list(rows), "machine": machine_card()}))

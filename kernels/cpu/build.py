@@ -1,0 +1,277 @@
+"""Builds the native CPU operators on first use and loads them into torch.
+
+``load()`` is the only entry point. It knows the compiler, the flags, the cache folder and how to
+share it between processes; it knows nothing of the operators' schemas or of when to use them.
+
+The compiler is driven directly rather than through ``torch.utils.cpp_extension.load``: the shared
+object must appear in the cache in one atomic rename, and must be linked *without* ``-fopenmp``, so
+that it uses the OpenMP runtime torch has already loaded instead of mapping a second one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+__all__ = ["load"]
+
+SOURCE = Path(__file__).resolve().parent / "sparse.cpp"
+COMPILE_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-w",
+)
+LINK_FLAGS = ("-shared", "-ltorch_cpu", "-lc10")
+TYPICAL_SECONDS = 12
+COMPILE_TIMEOUT = 600
+COMPILER_LINES = 15
+OPERATORS = ("sparse_linear", "sparse_gate_up")
+
+_log = logging.getLogger("wina")
+_lock = threading.Lock()
+_done = False
+_reason: str | None = None
+
+
+class _BuildError(Exception):
+    """Why there are no native operators, in words for the user."""
+
+
+def load() -> str | None:
+    """Make the native CPU operators available, building them if this machine has not yet.
+
+    Returns None when they are registered, else the reason why not. The answer is computed once
+    per process; later calls return it at once. Reads ``CXX``, ``WINA_CACHE_DIR``,
+    ``XDG_CACHE_HOME`` and ``HOME`` when called, and never raises for a missing compiler, a failed
+    build, an unwritable cache or a corrupt cached file.
+    """
+    global _done, _reason
+    with _lock:
+        if not _done:
+            try:
+                _reason = _load()
+            except _BuildError as error:
+                _reason = str(error)
+            except OSError as error:
+                _reason = f"native CPU kernels: {error}"
+            if _reason is not None:
+                _log.info("%s", _reason)
+            _done = True
+        return _reason
+
+
+def _load() -> str | None:
+    if _registered():
+        return None
+    if sys.platform == "win32":
+        return "native CPU kernels: Windows is not supported"
+    source = SOURCE.read_bytes()
+    compiler = _compiler()
+    key = _key(source, compiler)
+    folder = _cache_folder()
+    for cached in sorted(folder.glob(f"{key}-*.so")) if folder else []:
+        # A truncated file would not fail in dlopen, it would crash: the name carries its digest.
+        intact = cached.stem == f"{key}-{_digest(cached.read_bytes())}"
+        failure = _try_library(cached) if intact else "its contents do not match its name"
+        if failure is None:
+            return None
+        _log.info("rebuilding %s, which does not load: %s", cached, failure)
+        cached.unlink(missing_ok=True)
+    if compiler is None:
+        return "native CPU kernels: no C++ compiler found (looked for $CXX, g++, c++, clang++)"
+    # Inside the cache folder, so that the rename below stays on one file system.
+    with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as private:
+        built = Path(private) / "wina.so"
+        _build(compiler, built)
+        if folder is not None:
+            kept = folder / f"{key}-{_digest(built.read_bytes())}.so"
+            try:
+                built = built.replace(kept)
+            except OSError as error:  # the private copy still serves this process
+                _log.info("could not keep %s: %s", kept, error)
+        failure = _try_library(built)
+    return None if failure is None else f"native CPU kernels: built, but not loadable: {failure}"
+
+
+def _registered() -> bool:
+    has_operator = torch._C._dispatch_has_kernel
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = [f"wina::{op}" for op in OPERATORS]
+    return all(has_operator(name) and has_kernel(name, "CPU") for name in names)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:24]
+
+
+def _try_library(path: Path) -> str | None:
+    """Load a shared object; None on success, else what the loader said."""
+    try:
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    return None if _registered() else f"{path} registered nothing"
+
+
+def _compiler() -> str | None:
+    """Absolute path of the first C++ compiler, GCC first: torch's wheels carry GCC's OpenMP."""
+    for candidate in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        found = shutil.which(candidate) if candidate else None
+        # A relative PATH entry would let the current directory choose the compiler.
+        if found and Path(found).is_absolute():
+            return found
+    return None
+
+
+def _machine_flags() -> tuple[str, ...]:
+    """Compile for this machine: the key of the cache includes it."""
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64", "i686"):
+        return ("-march=native",)
+    return ("-mcpu=native",) if machine.startswith(("aarch64", "arm", "ppc")) else ()
+
+
+def _is_gcc(compiler: str) -> bool:
+    answer = _run([compiler, "--version"], timeout=30)
+    return answer.returncode == 0 and "Free Software Foundation" in answer.stdout
+
+
+def _openmp_flags(compiler: str) -> tuple[str, ...]:
+    """``-fopenmp`` where its symbols are those of the runtime torch uses, else nothing.
+
+    Without it ``at::parallel_for`` runs serially: correct, on one thread.
+    """
+    return ("-fopenmp",) if sys.platform == "linux" and _is_gcc(compiler) else ()
+
+
+def _key(source: bytes, compiler: str | None) -> str:
+    parts = (
+        repr((COMPILE_FLAGS, LINK_FLAGS)),
+        str(torch.__version__),
+        str(torch._C._GLIBCXX_USE_CXX11_ABI),
+        repr(_machine_flags()),
+        sys.version,
+        platform.platform(),
+        _cpu(),
+        compiler or "",
+    )
+    return _digest(b"\0".join([source, *(part.encode() for part in parts)]))
+
+
+def _cpu() -> str:
+    """What ``-march=native`` depends on: the CPU's model and instruction sets."""
+    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part", "isa")
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _cache_folder() -> Path | None:
+    """The per-user cache, created if need be; None if it cannot be used safely."""
+    own, shared = os.environ.get("WINA_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        chosen = Path(own) if own else Path(shared or Path.home() / ".cache") / "wina"
+    except RuntimeError as error:  # no home directory
+        _log.info("no cache folder: %s; building in a temporary folder", error)
+        return None
+    if not chosen.is_absolute():  # it would depend on the current directory
+        _log.info("cache folder %s is not absolute: building in a temporary folder", chosen)
+        return None
+    folder = chosen / "cpu"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        _log.info("cache folder %s: %s; building in a temporary folder", folder, error)
+        return None
+    # Code is loaded from here: nobody else may be able to put a file into it.
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        _log.info("cache folder %s is open to other users: building in a temporary folder", folder)
+        return None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        _log.info("cache folder %s is not writable: building in a temporary folder", folder)
+        return None
+    return folder
+
+
+def _build(compiler: str, output: Path) -> None:
+    # Imported here: cpp_extension pulls in setuptools, which a cached load does not need.
+    from torch.utils.cpp_extension import include_paths
+
+    target = output.with_suffix(".o")
+    includes = [word for path in include_paths() for word in ("-isystem", path)]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    libraries = str(Path(torch.__file__).resolve().parent / "lib")
+    extra = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    compile_command = [
+        *(compiler, *COMPILE_FLAGS, *_machine_flags(), *_openmp_flags(compiler), abi, *includes),
+        *("-c", str(SOURCE), "-o", str(target)),
+    ]
+    link_command = [compiler, str(target), "-o", str(output), f"-L{libraries}", *LINK_FLAGS, *extra]
+    with _announced():
+        for command in (compile_command, link_command):
+            answer = _run(command, timeout=COMPILE_TIMEOUT, cwd=str(output.parent))
+            if answer.returncode != 0:
+                said = (answer.stderr or answer.stdout).strip().splitlines()[-COMPILER_LINES:]
+                lines = "\n".join(said)
+                raise _BuildError(f"native CPU kernels: {compiler} failed:\n{lines}")
+    target.unlink()
+
+
+def _run(
+    command: list[str], *, timeout: float, cwd: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command,
+            cwd=cwd,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise _BuildError(
+            f"native CPU kernels: {command[0]} took more than {timeout:.0f} s"
+        ) from None
+
+
+@contextmanager
+def _announced() -> Iterator[None]:
+    """Say on stderr (if somebody watches) and in the log that a build is running."""
+    message = f"building native CPU kernels (once, about {TYPICAL_SECONDS} s)"
+    _log.info("%s ...", message)
+    start = time.monotonic()
+    if sys.stderr is not None and sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            progress.add_task(f"{message} ...", total=None)
+            yield
+    else:
+        yield
+    _log.info("built native CPU kernels in %.1f s", time.monotonic() - start)

@@ -1,0 +1,598 @@
+// Native CPU kernels: sparse_linear and sparse_gate_up, dispatch key CPU of the library "wina".
+//
+// The schemas are defined in Python (kernels/ops.py); this file only registers implementations.
+// Flags (kernels/cpu/build.py):
+//   compile  -std=c++17 -O3 -march=native -fopenmp -ffp-contract=fast -fno-math-errno -fPIC
+//   link     -shared -ltorch_cpu -lc10, and *no* -fopenmp: the OpenMP symbols then resolve to the
+//            runtime torch itself has loaded, so that the process has one thread pool, not two.
+// Never -ffast-math: a NaN or Inf in x must survive the mask and show up in y.
+//
+// Decoding is bound by memory: the floor is kept_bytes / bandwidth. Hence
+//   1. one branch-free serial pass turns (x, threshold) into a list of kept rows and coefficients;
+//   2. the columns are split over torch's threads, a multiple of 64 bytes each;
+//   3. a thread walks the list, kGroup rows at a time, with float32 accumulators that stay in L1,
+//      and prefetches the rows to come: the next kept row is at an address that no hardware
+//      prefetcher can guess.
+// Every column adds its rows in list order with one fused multiply-add each, whatever the split,
+// the tile or the group: results are bit-identical for any number of threads.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/where.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Tuning constants, measured on Zen 3 (2 cores).
+#ifndef WINA_GROUP
+#define WINA_GROUP 8
+#endif
+#ifndef WINA_TILE
+#define WINA_TILE 2048
+#endif
+#ifndef WINA_LEAD
+#define WINA_LEAD 8192
+#endif
+#ifndef WINA_LOCALITY
+#define WINA_LOCALITY 3
+#endif
+#ifndef WINA_PAIRS
+#define WINA_PAIRS 2
+#endif
+#ifndef WINA_SERIAL
+#define WINA_SERIAL 32768
+#endif
+constexpr int kGroup = WINA_GROUP;           // kept rows that are read side by side
+constexpr int64_t kTile = WINA_TILE;         // float32 accumulators of one tile: 8 KiB of L1
+constexpr int64_t kLeadBytes = WINA_LEAD;    // how far ahead of the arithmetic to prefetch
+constexpr int64_t kMaxLead = 128;            // the same in rows, and the padding of the row list
+constexpr int64_t kSerialBytes = WINA_SERIAL;  // a thread gets at least this much to read
+constexpr int64_t kMaxTokens = 16;           // above: a dense matmul of the masked input
+constexpr int64_t kLine = 64;                // bytes of a cache line
+
+// ------------------------------------------------------------------------------------ vectors
+
+// GCC and Clang lower these to whatever the machine has (AVX2, AVX-512, NEON, SSE2).
+constexpr int kLanes = 8;
+typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+
+inline Floats load(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Two vectors: kStep consecutive columns, in the type's own order (see in_column_order).
+constexpr int kStep = 2 * kLanes;
+struct Pair {
+  Floats a, b;
+};
+
+inline Pair load_pair(const float* p) { return {load(p), load(p + kLanes)}; }
+
+// A bfloat16 is the upper half of a float32. Seen as 32-bit words, the even columns are a shift
+// away and the odd ones a mask: two instructions for two vectors, where widening would take a
+// shuffle each. The accumulators keep that even/odd order until the last row.
+inline Pair load_pair(const at::BFloat16* p) {
+  Words w;
+  std::memcpy(&w, p, sizeof w);
+  const Words low = w << 16, high = w & 0xffff0000u;
+  Pair v;
+  std::memcpy(&v.a, &low, sizeof low);
+  std::memcpy(&v.b, &high, sizeof high);
+  return v;
+}
+
+inline Pair load_pair(const at::Half* p) {
+#if defined(__F16C__)
+  __m128i h[2];
+  std::memcpy(h, p, sizeof h);
+  const __m256 f[2] = {_mm256_cvtph_ps(h[0]), _mm256_cvtph_ps(h[1])};
+  Pair v;
+  std::memcpy(&v, f, sizeof v);
+  return v;
+#else
+  float f[kStep];
+  for (int i = 0; i < kStep; ++i) f[i] = static_cast<float>(p[i]);
+  return load_pair(f);
+#endif
+}
+
+// Undoes the even/odd order (on a big-endian machine odd/even) of whole steps.
+template <class T>
+void in_column_order(float* acc, int64_t width) {
+  if (!std::is_same_v<T, at::BFloat16>) return;
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+  constexpr int even = kLanes, odd = 0;
+#else
+  constexpr int even = 0, odd = kLanes;
+#endif
+  for (int64_t n = 0; n + kStep <= width; n += kStep) {
+    float step[kStep];
+    for (int i = 0; i < kLanes; ++i) {
+      step[2 * i] = acc[n + even + i];
+      step[2 * i + 1] = acc[n + odd + i];
+    }
+    std::memcpy(acc + n, step, sizeof step);
+  }
+}
+
+inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+
+// ----------------------------------------------------------------------------------- the mask
+
+// The rows that at least one token keeps, in ascending order.
+struct KeptRows {
+  std::vector<int32_t> index;  // count entries, then kMaxLead + kGroup repeats for the prefetcher
+  std::vector<float> coef;     // [count][tokens], 0 where a token drops the row
+  std::vector<float> scratch;
+  int64_t count = 0;
+};
+
+inline float cutoff(float threshold, float scale) {
+  // FLT_MAX, so that |Inf| > cutoff even when the threshold is +inf. A NaN passes and keeps.
+  const float t = threshold * scale;
+  return t > FLT_MAX ? FLT_MAX : t;
+}
+
+template <class T>
+void select_rows(KeptRows& rows, const T* x, int64_t K, int tokens, const float* threshold,
+                 const float* scale) {
+  // Grow only: no allocation from the second call on.
+  const auto grow = [](auto& v, int64_t n) {
+    if (static_cast<int64_t>(v.size()) < n) v.resize(n);
+  };
+  grow(rows.index, K + kMaxLead + kGroup);
+  grow(rows.coef, (K + 1) * tokens);
+  int32_t* index = rows.index.data();
+  float* coef = rows.coef.data();
+  int64_t count = 0;
+  if (tokens == 1) {
+    const float s = scale ? scale[0] : 1.0f;
+    // Branch-free: always write, advance only when kept.
+    for (int64_t j = 0; j < K; ++j) {
+      const float v = static_cast<float>(x[j]);
+      index[count] = static_cast<int32_t>(j);
+      coef[count] = v;
+      count += !(std::fabs(v) <= cutoff(threshold[j], s));
+    }
+  } else {
+    for (int64_t j = 0; j < K; ++j) {
+      float* c = coef + count * tokens;
+      bool any = false;
+      for (int t = 0; t < tokens; ++t) {
+        const float v = static_cast<float>(x[t * K + j]);
+        const bool keep = !(std::fabs(v) <= cutoff(threshold[j], scale ? scale[t] : 1.0f));
+        c[t] = keep ? v : 0.0f;
+        any |= keep;
+      }
+      index[count] = static_cast<int32_t>(j);
+      count += any;
+    }
+  }
+  std::fill_n(index + count, kMaxLead + kGroup, count ? index[count - 1] : 0);
+  rows.count = count;
+}
+
+// -------------------------------------------------------------------------------- the product
+
+// One group of rows, up to kGroup of them.
+template <class T>
+struct Group {
+  const T* row[kGroup];    // at the first column of the tile
+  const T* ahead[kGroup];  // rows to prefetch, same columns
+  const float* coef;       // [rows][stride]
+  int stride;
+  int rows;
+};
+
+// acc[t][n .. n + P kStep) += sum over the group of coef[r][t] * row[r][n ..], for TT tokens.
+template <class T, int TT, int P, bool kPrefetch>
+inline void block(const Group<T>& g, int64_t n, float* acc, int64_t acc_stride) {
+  Pair a[TT][P];
+#pragma GCC unroll 4
+  for (int t = 0; t < TT; ++t)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) a[t][p] = load_pair(acc + t * acc_stride + n + p * kStep);
+  const float* coef = g.coef;
+  for (int r = 0; r < g.rows; ++r, coef += g.stride) {
+    if (kPrefetch) {
+      const char* ahead = reinterpret_cast<const char*>(g.ahead[r] + n);
+      constexpr int64_t bytes = P * kStep * sizeof(T);
+#pragma GCC unroll 8
+      for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(ahead + b, 0, WINA_LOCALITY);
+    }
+    const T* row = g.row[r] + n;
+    Pair w[P];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) w[p] = load_pair(row + p * kStep);
+#pragma GCC unroll 4
+    for (int t = 0; t < TT; ++t) {
+      const float c = coef[t];
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        a[t][p].a += c * w[p].a;
+        a[t][p].b += c * w[p].b;
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < TT; ++t)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      store(acc + t * acc_stride + n + p * kStep, a[t][p].a);
+      store(acc + t * acc_stride + n + p * kStep + kLanes, a[t][p].b);
+    }
+}
+
+template <class T, int TT, bool kPrefetch>
+void strip(const Group<T>& g, int64_t width, float* acc, int64_t acc_stride) {
+  // 2 TT P accumulators, 2 P weights and a coefficient have to fit 16 vector registers.
+  constexpr int P = TT == 1 ? WINA_PAIRS : TT == 2 ? 2 : 1;
+  int64_t n = 0;
+  for (; n + P * kStep <= width; n += P * kStep) block<T, TT, P, kPrefetch>(g, n, acc, acc_stride);
+  for (; n + kStep <= width; n += kStep) block<T, TT, 1, kPrefetch>(g, n, acc, acc_stride);
+  for (; n < width; ++n)
+    for (int t = 0; t < TT; ++t) {
+      float a = acc[t * acc_stride + n];
+      for (int r = 0; r < g.rows; ++r)
+        a += g.coef[r * g.stride + t] * static_cast<float>(g.row[r][n]);
+      acc[t * acc_stride + n] = a;
+    }
+}
+
+template <class T, bool kPrefetch>
+void strip_tokens(Group<T> g, int tokens, int64_t width, float* acc, int64_t acc_stride) {
+  switch (tokens) {
+    case 1: return strip<T, 1, kPrefetch>(g, width, acc, acc_stride);
+    case 2: return strip<T, 2, kPrefetch>(g, width, acc, acc_stride);
+    case 3: return strip<T, 3, kPrefetch>(g, width, acc, acc_stride);
+    default: return strip<T, 4, kPrefetch>(g, width, acc, acc_stride);
+  }
+}
+
+// acc[t][0 .. width) = sum over kept rows of coef[row][t] * weight[row][first .. first + width).
+template <class T>
+void accumulate(const KeptRows& rows, int tokens, const T* weight, int64_t N, int64_t first,
+                int64_t width, float* acc) {
+  std::fill_n(acc, tokens * width, 0.0f);
+  const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+  const int64_t lead = std::clamp<int64_t>(kLeadBytes / row_bytes, kGroup, kMaxLead);
+  const T* base = weight + first;
+  // The loop below prefetches from row `lead` on; these are the rows before it.
+  for (int64_t k = 0; k < std::min(lead, rows.count); ++k) {
+    const char* row = reinterpret_cast<const char*>(base + static_cast<int64_t>(rows.index[k]) * N);
+    for (int64_t b = 0; b < std::min(row_bytes, kLeadBytes / lead); b += kLine)
+      __builtin_prefetch(row + b, 0, 3);
+  }
+  Group<T> g;
+  g.stride = tokens;
+  for (int64_t k = 0; k < rows.count; k += kGroup) {
+    const int32_t* index = rows.index.data() + k;
+    g.rows = static_cast<int>(std::min<int64_t>(kGroup, rows.count - k));
+    for (int r = 0; r < kGroup; ++r) {
+      g.row[r] = base + static_cast<int64_t>(index[r]) * N;
+      g.ahead[r] = base + static_cast<int64_t>(index[r + lead]) * N;
+    }
+    g.coef = rows.coef.data() + k * tokens;
+    strip_tokens<T, true>(g, std::min(tokens, 4), width, acc, width);
+    for (int t = 4; t < tokens; t += 4) {
+      g.coef += 4;
+      strip_tokens<T, false>(g, std::min(tokens - t, 4), width, acc + t * width, width);
+    }
+  }
+  for (int t = 0; t < tokens; ++t) in_column_order<T>(acc + t * width, width);
+}
+
+// Calls f(first, width, scratch) for tiles that cover [0, N), over torch's threads. Scratch holds
+// `arrays` times tokens * width floats.
+template <class T, class F>
+void for_tiles(int64_t N, int tokens, int64_t bytes_per_column, const F& f) {
+  constexpr int64_t unit = kLine / static_cast<int64_t>(sizeof(T));
+  const int64_t units = (N + unit - 1) / unit;
+  const int64_t unit_bytes = std::max<int64_t>(1, bytes_per_column * unit);
+  const int64_t grain = std::max<int64_t>(1, kSerialBytes / unit_bytes);
+  const int64_t tile = kTile / tokens / unit * unit;
+  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    const int64_t last = std::min(N, end * unit);
+    for (int64_t n = begin * unit; n < last; n += tile) f(n, std::min(tile, last - n));
+  });
+}
+
+// ------------------------------------------------------------------------------- activations
+
+enum class Activation { silu, gelu, gelu_tanh, relu, relu2 };
+
+Activation parse_activation(c10::string_view name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "relu") return Activation::relu;
+  if (name == "relu2") return Activation::relu2;
+  TORCH_CHECK(false, "wina::sparse_gate_up: unknown activation \"", name,
+              "\"; known: silu, gelu, gelu_tanh, relu, relu2");
+}
+
+void activate(Activation activation, float* v, int64_t n) {
+  switch (activation) {
+    case Activation::silu:
+      for (int64_t i = 0; i < n; ++i) v[i] = v[i] / (1.0f + std::exp(-v[i]));
+      return;
+    case Activation::gelu:
+      for (int64_t i = 0; i < n; ++i)
+        v[i] = 0.5f * v[i] * (1.0f + std::erf(v[i] * 0.70710678118654752f));
+      return;
+    case Activation::gelu_tanh:
+      for (int64_t i = 0; i < n; ++i) {
+        const float inner = 0.79788456080286536f * (v[i] + 0.044715f * v[i] * v[i] * v[i]);
+        v[i] = 0.5f * v[i] * (1.0f + std::tanh(inner));
+      }
+      return;
+    case Activation::relu:  // a NaN is not < 0: it stays
+      for (int64_t i = 0; i < n; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i];
+      return;
+    case Activation::relu2:
+      for (int64_t i = 0; i < n; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i] * v[i];
+      return;
+  }
+}
+
+Tensor activate(Activation activation, const Tensor& v) {
+  switch (activation) {
+    case Activation::silu: return at::silu(v);
+    case Activation::gelu: return at::gelu(v);
+    case Activation::gelu_tanh: return at::gelu(v, "tanh");
+    case Activation::relu: return at::relu(v);
+    case Activation::relu2: break;
+  }
+  const Tensor r = at::relu(v);
+  return r.square();
+}
+
+// ---------------------------------------------------------------------------------- operators
+
+// One projection's checked arguments.
+struct Projection {
+  Tensor weight;     // [K, N] contiguous
+  Tensor threshold;  // [K] float32 contiguous
+  Tensor bias;       // [N] contiguous, or undefined
+  Tensor scale;      // [T] float32 contiguous, or undefined
+};
+
+Projection check(const char* op, const char* prefix, const Tensor& x, int64_t tokens,
+                 const Tensor& weight, const Tensor& threshold, const OptionalTensor& bias,
+                 const OptionalTensor& scale) {
+  const auto name = [&](const char* what) { return std::string(op) + ": " + prefix + what; };
+  const auto weight_name = [&] {
+    const std::string projection = *prefix ? std::string(prefix, std::strlen(prefix) - 1) : "weight";
+    return std::string(op) + ": " + projection;
+  };
+  const int64_t K = x.size(-1);
+  TORCH_CHECK(weight.dim() == 2 && weight.size(0) == K, weight_name(),
+              " must be [K, N] with K = ", K, " (the last dimension of x), got ", weight.sizes());
+  TORCH_CHECK(weight.scalar_type() == x.scalar_type(), weight_name(), " must have x's dtype ",
+              x.scalar_type(), ", got ", weight.scalar_type());
+  TORCH_CHECK(weight.is_contiguous(), weight_name(),
+              " must be contiguous (K-major: row j holds what multiplies x_j), got strides ",
+              weight.strides());
+  TORCH_CHECK(K < INT32_MAX, weight_name(), " has too many rows: ", K);
+  TORCH_CHECK(threshold.dim() == 1 && threshold.size(0) == K, name("threshold"),
+              " must have shape [", K, "], got ", threshold.sizes());
+  TORCH_CHECK(threshold.scalar_type() == at::kFloat, name("threshold"), " must be float32, got ",
+              threshold.scalar_type());
+  Projection p{weight, threshold.contiguous(), {}, {}};
+  if (bias.has_value() && bias->defined()) {
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(1), name("bias"),
+                " must have shape [", weight.size(1), "], got ", bias->sizes());
+    TORCH_CHECK(bias->scalar_type() == x.scalar_type(), name("bias"), " must have x's dtype ",
+                x.scalar_type(), ", got ", bias->scalar_type());
+    p.bias = bias->contiguous();
+  }
+  if (scale.has_value() && scale->defined()) {
+    TORCH_CHECK(scale->dim() == 1 && scale->size(0) == tokens, name("scale"),
+                " must have shape [", tokens, "] (one entry for each token of x), got ",
+                scale->sizes());
+    TORCH_CHECK(scale->scalar_type() == at::kFloat, name("scale"), " must be float32, got ",
+                scale->scalar_type());
+    p.scale = scale->contiguous();
+  }
+  const auto on_cpu = [](const Tensor& t) { return !t.defined() || t.is_cpu(); };
+  TORCH_CHECK(on_cpu(weight) && on_cpu(threshold) && on_cpu(p.bias) && on_cpu(p.scale), op,
+              ": x is on the CPU, the other arguments must be too");
+  return p;
+}
+
+void check_input(const char* op, const Tensor& x, bool weights_require_grad) {
+  TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar");
+  TORCH_CHECK(x.is_floating_point(), op, ": x must be a floating-point tensor, got ",
+              x.scalar_type());
+  TORCH_CHECK(!at::GradMode::is_enabled() || !(x.requires_grad() || weights_require_grad), op,
+              " has no backward; call it under torch.no_grad() or with tensors that do not require "
+              "grad");
+}
+
+bool fast(const Tensor& x, int64_t tokens, int64_t N) {
+  const auto dtype = x.scalar_type();
+  return (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) && tokens > 0 &&
+      tokens <= kMaxTokens && x.size(-1) > 0 && N > 0;
+}
+
+const float* data_or_null(const Tensor& t) {
+  return t.defined() ? t.const_data_ptr<float>() : nullptr;
+}
+
+template <class T>
+void add_bias(float* acc, int tokens, int64_t width, const Tensor& bias, int64_t first) {
+  if (!bias.defined()) return;
+  const T* b = bias.const_data_ptr<T>() + first;
+  for (int t = 0; t < tokens; ++t)
+    for (int64_t n = 0; n < width; ++n) acc[t * width + n] += static_cast<float>(b[n]);
+}
+
+// Two lists, since sparse_gate_up can need both at once.
+KeptRows& kept_rows(int which) {
+  static thread_local KeptRows rows[2];
+  return rows[which];
+}
+
+template <class T>
+void linear_fast(const Tensor& x, int tokens, const Projection& p, Tensor& y) {
+  const int64_t K = p.weight.size(0), N = p.weight.size(1);
+  KeptRows& rows = kept_rows(0);
+  select_rows(rows, x.const_data_ptr<T>(), K, tokens, p.threshold.const_data_ptr<float>(),
+              data_or_null(p.scale));
+  const T* weight = p.weight.const_data_ptr<T>();
+  T* out = y.mutable_data_ptr<T>();
+  for_tiles<T>(N, tokens, rows.count * sizeof(T), [&](int64_t first, int64_t width) {
+    alignas(kLine) float acc[kTile];
+    accumulate(rows, tokens, weight, N, first, width, acc);
+    add_bias<T>(acc, tokens, width, p.bias, first);
+    for (int t = 0; t < tokens; ++t)
+      for (int64_t n = 0; n < width; ++n)
+        out[t * N + first + n] = static_cast<T>(acc[t * width + n]);
+  });
+}
+
+template <class T>
+void gate_up_fast(const Tensor& x, int tokens, const Projection& gate, const Projection& up,
+                  Activation activation, Tensor& h) {
+  const int64_t K = gate.weight.size(0), N = gate.weight.size(1);
+  const float* gate_threshold = gate.threshold.const_data_ptr<float>();
+  const float* up_threshold = up.threshold.const_data_ptr<float>();
+  const float *gate_scale = data_or_null(gate.scale), *up_scale = data_or_null(up.scale);
+  const T* in = x.const_data_ptr<T>();
+  KeptRows& gate_rows = kept_rows(0);
+  select_rows(gate_rows, in, K, tokens, gate_threshold, gate_scale);
+  const bool shared = gate_threshold == up_threshold && gate_scale == up_scale;
+  KeptRows& up_rows = kept_rows(shared ? 0 : 1);
+  if (!shared) select_rows(up_rows, in, K, tokens, up_threshold, up_scale);
+  const T* gate_weight = gate.weight.const_data_ptr<T>();
+  const T* up_weight = up.weight.const_data_ptr<T>();
+  T* out = h.mutable_data_ptr<T>();
+  const int64_t bytes = (gate_rows.count + up_rows.count) * sizeof(T);
+  for_tiles<T>(N, tokens, bytes, [&](int64_t first, int64_t width) {
+    alignas(kLine) float g[kTile];
+    alignas(kLine) float u[kTile];
+    accumulate(gate_rows, tokens, gate_weight, N, first, width, g);
+    accumulate(up_rows, tokens, up_weight, N, first, width, u);
+    add_bias<T>(g, tokens, width, gate.bias, first);
+    add_bias<T>(u, tokens, width, up.bias, first);
+    activate(activation, g, tokens * width);
+    for (int t = 0; t < tokens; ++t)
+      for (int64_t n = 0; n < width; ++n)
+        out[t * N + first + n] = static_cast<T>(g[t * width + n] * u[t * width + n]);
+  });
+}
+
+// x with the dropped entries set to zero; x is [T, K].
+Tensor masked(const Tensor& x, const Projection& p) {
+  Tensor limit = p.threshold;
+  if (p.scale.defined()) limit = limit.mul(p.scale.unsqueeze(1));
+  const Tensor drop = x.abs().to(at::kFloat).le(limit.clamp_max(FLT_MAX));
+  return x.masked_fill(drop, 0);
+}
+
+// Columns [first, first + width) of the projection in the accumulation dtype.
+Tensor wide_product(const Tensor& x, const Projection& p, at::ScalarType dtype, int64_t first,
+                    int64_t width) {
+  const Tensor w = p.weight.narrow(1, first, width).to(dtype);
+  if (!p.bias.defined()) return at::mm(x, w);
+  return at::addmm(p.bias.narrow(0, first, width).to(dtype), x, w);
+}
+
+Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& threshold,
+                     const OptionalTensor& bias, const OptionalTensor& scale) {
+  const char* op = "wina::sparse_linear";
+  check_input(op, x, weight.requires_grad());
+  const int64_t K = x.size(-1);
+  const int64_t tokens = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
+  const Projection p = check(op, "", x, tokens, weight, threshold, bias, scale);
+  const int64_t N = weight.size(1);
+  auto shape = x.sizes().vec();
+  shape.back() = N;
+  if (!fast(x, tokens, N)) {
+    const Tensor m = masked(x.reshape({tokens, K}), p);
+    return (p.bias.defined() ? at::addmm(p.bias, m, weight) : at::mm(m, weight)).view(shape);
+  }
+  const Tensor in = x.contiguous();
+  Tensor y = at::empty(shape, x.options());
+  switch (x.scalar_type()) {
+    case at::kBFloat16: linear_fast<at::BFloat16>(in, tokens, p, y); break;
+    case at::kHalf: linear_fast<at::Half>(in, tokens, p, y); break;
+    default: linear_fast<float>(in, tokens, p, y); break;
+  }
+  return y;
+}
+
+Tensor sparse_gate_up(const Tensor& x, const Tensor& gate, const Tensor& up,
+                      const Tensor& gate_threshold, const Tensor& up_threshold,
+                      c10::string_view activation_name, const OptionalTensor& gate_bias,
+                      const OptionalTensor& up_bias, const OptionalTensor& gate_scale,
+                      const OptionalTensor& up_scale) {
+  const char* op = "wina::sparse_gate_up";
+  check_input(op, x, gate.requires_grad() || up.requires_grad());
+  const Activation activation = parse_activation(activation_name);
+  const int64_t K = x.size(-1);
+  const int64_t tokens = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
+  const Projection g = check(op, "gate_", x, tokens, gate, gate_threshold, gate_bias, gate_scale);
+  const Projection u = check(op, "up_", x, tokens, up, up_threshold, up_bias, up_scale);
+  const int64_t N = gate.size(1);
+  TORCH_CHECK(up.size(1) == N, op, ": up must have gate's shape ", gate.sizes(), ", got ",
+              up.sizes());
+  auto shape = x.sizes().vec();
+  shape.back() = N;
+  Tensor h = at::empty(shape, x.options());
+  if (!fast(x, tokens, N)) {
+    // Blocks of columns bound the size of the float32 copies that 16-bit weights need here.
+    const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const Tensor flat = x.reshape({tokens, K});
+    const Tensor gate_in = masked(flat, g).to(dtype), up_in = masked(flat, u).to(dtype);
+    Tensor out = h.view({tokens, N});
+    const int64_t block = x.scalar_type() == dtype ? N : 1024;
+    for (int64_t n = 0; n < N; n += block) {
+      const int64_t width = std::min(block, N - n);
+      out.narrow(1, n, width).copy_(activate(activation, wide_product(gate_in, g, dtype, n, width))
+                                        .mul_(wide_product(up_in, u, dtype, n, width)));
+    }
+    return h;
+  }
+  const Tensor in = x.contiguous();
+  switch (x.scalar_type()) {
+    case at::kBFloat16: gate_up_fast<at::BFloat16>(in, tokens, g, u, activation, h); break;
+    case at::kHalf: gate_up_fast<at::Half>(in, tokens, g, u, activation, h); break;
+    default: gate_up_fast<float>(in, tokens, g, u, activation, h); break;
+  }
+  return h;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wina, CPU, m) {
+  m.impl("sparse_linear", TORCH_FN(sparse_linear));
+  m.impl("sparse_gate_up", TORCH_FN(sparse_gate_up));
+}

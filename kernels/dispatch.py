@@ -1,0 +1,106 @@
+"""Which backend serves a layer: decided once, when a model is patched.
+
+A backend that cannot serve a layer says why; the reasons end up in ``wina.inspect``. To add a
+backend: a module with a subclass of :class:`Backend` and a line in :func:`backends`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from wina.errors import ConfigError, UnknownNameError
+from wina.kernels import cpu, ops, reference
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What a backend must know of a layer to accept it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    in_features: int
+    out_features: int
+
+
+class Backend(ABC):
+    """A kernel family. The two operators have the signatures of :mod:`wina.kernels.reference`."""
+
+    name: str
+    sparse_linear: Callable[..., Tensor]
+    sparse_gate_up: Callable[..., Tensor]
+
+    @abstractmethod
+    def refuses(self, layer: LayerSpec) -> str | None:
+        """Why this backend cannot serve the layer, or None if it can."""
+
+
+class CpuBackend(Backend):
+    """Compiled kernels that read only the kept rows (``kernels/cpu``)."""
+
+    name = "cpu"
+    sparse_linear = staticmethod(ops.sparse_linear)
+    sparse_gate_up = staticmethod(ops.sparse_gate_up)
+
+    def refuses(self, layer: LayerSpec) -> str | None:
+        """Not on the CPU, a dtype without a kernel, or no kernel could be built here."""
+        if layer.device.type != "cpu":
+            return f"the layer is on {layer.device}"
+        if layer.dtype not in cpu.DTYPES:
+            return f"no kernel for {layer.dtype}"
+        return cpu.load()
+
+
+class ReferenceBackend(Backend):
+    """Plain torch: masks x and multiplies densely. Right everywhere, faster nowhere."""
+
+    name = "reference"
+    sparse_linear = staticmethod(reference.sparse_linear)
+    sparse_gate_up = staticmethod(reference.sparse_gate_up)
+
+    def refuses(self, layer: LayerSpec) -> str | None:
+        """Never."""
+        return None
+
+
+@cache
+def backends() -> dict[str, Backend]:
+    """Name → backend, the fastest first."""
+    return {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that serves a layer, and why it is this one."""
+
+    backend: Backend
+    reason: str
+
+
+def choose(layer: LayerSpec, want: str = "auto") -> Choice:
+    """The fastest backend that accepts the layer, or the one that the user wants.
+
+    Raises:
+        UnknownNameError: no backend has that name.
+        ConfigError: the wanted backend refuses the layer; the message says why.
+    """
+    known = backends()
+    if want != "auto":
+        if want not in known:
+            raise UnknownNameError(f"unknown backend {want!r}. Known: auto, {', '.join(known)}.")
+        refusal = known[want].refuses(layer)
+        if refusal is not None:
+            raise ConfigError(f"backend {want!r} cannot serve {layer}: {refusal}")
+        return Choice(known[want], "asked for")
+    refusals: list[str] = []
+    for backend in known.values():
+        refusal = backend.refuses(layer)
+        if refusal is None:
+            return Choice(backend, "; ".join(refusals) or "fastest here")
+        refusals.append(f"{backend.name}: {refusal}")
+    raise AssertionError("the reference backend serves every layer")

@@ -1,0 +1,127 @@
+"""``torch.ops.wina.*``: schemas, fake implementations and the default for every device.
+
+The default is the reference; a backend registers a faster kernel for its own device key, which
+takes precedence. An operator has no backward: modules take the differentiable path instead
+(:mod:`wina.linear`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wina.kernels import reference
+
+_LIBRARY = torch.library.Library("wina", "DEF")
+
+_LIBRARY.define(
+    "sparse_linear(Tensor x, Tensor weight, Tensor threshold, Tensor? bias=None, "
+    "Tensor? scale=None) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    "sparse_gate_up(Tensor x, Tensor gate, Tensor up, Tensor gate_threshold, "
+    "Tensor up_threshold, str activation, Tensor? gate_bias=None, Tensor? up_bias=None, "
+    "Tensor? gate_scale=None, Tensor? up_scale=None) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _refuse_gradient(name: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"wina::{name} has no backward; call it under torch.no_grad(), or use "
+            f"wina.kernels.reference.{name}, which is differentiable"
+        )
+
+
+def _check_linear(x: Tensor, weight: Tensor, threshold: Tensor) -> None:
+    if weight.dim() != 2 or threshold.dim() != 1 or x.dim() < 1:
+        raise RuntimeError(
+            "expected x [..., K], weight [K, N] and threshold [K], got shapes "
+            f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(threshold.shape)}"
+        )
+    if x.shape[-1] != weight.shape[0] or x.shape[-1] != threshold.shape[0]:
+        raise RuntimeError(
+            f"x has {x.shape[-1]} channels, weight {weight.shape[0]} rows (K-major), "
+            f"threshold {threshold.shape[0]} entries: they must be the same number K"
+        )
+    if x.dtype != weight.dtype or threshold.dtype != torch.float32:
+        raise RuntimeError(
+            f"x and weight must share a dtype and threshold be float32, got {x.dtype}, "
+            f"{weight.dtype} and {threshold.dtype}"
+        )
+
+
+def _default_sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    _refuse_gradient("sparse_linear", x, weight, bias)
+    _check_linear(x, weight, threshold)
+    return reference.sparse_linear(x, weight, threshold, bias, scale)
+
+
+def _default_sparse_gate_up(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gate_threshold: Tensor,
+    up_threshold: Tensor,
+    activation: str,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+) -> Tensor:
+    _refuse_gradient("sparse_gate_up", x, gate, up, gate_bias, up_bias)
+    _check_linear(x, gate, gate_threshold)
+    _check_linear(x, up, up_threshold)
+    if activation not in reference.ACTIVATIONS:
+        raise RuntimeError(
+            f"unknown activation {activation!r}; known: {', '.join(reference.ACTIVATIONS)}"
+        )
+    return reference.sparse_gate_up(
+        x, gate, up, gate_threshold, up_threshold, activation,
+        gate_bias, up_bias, gate_scale, up_scale,
+    )  # fmt: skip
+
+
+def _fake_sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    _check_linear(x, weight, threshold)
+    return x.new_empty((*x.shape[:-1], weight.shape[1]))
+
+
+def _fake_sparse_gate_up(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gate_threshold: Tensor,
+    up_threshold: Tensor,
+    activation: str,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+) -> Tensor:
+    _check_linear(x, gate, gate_threshold)
+    _check_linear(x, up, up_threshold)
+    return x.new_empty((*x.shape[:-1], gate.shape[1]))
+
+
+_LIBRARY.impl("sparse_linear", _default_sparse_linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("sparse_gate_up", _default_sparse_gate_up, "CompositeExplicitAutograd")
+torch.library.register_fake("wina::sparse_linear", _fake_sparse_linear, lib=_LIBRARY)
+torch.library.register_fake("wina::sparse_gate_up", _fake_sparse_gate_up, lib=_LIBRARY)
+
+sparse_linear = torch.ops.wina.sparse_linear.default
+sparse_gate_up = torch.ops.wina.sparse_gate_up.default

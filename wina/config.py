@@ -1,0 +1,122 @@
+"""What a user asks for: method, sparsity, and how to calibrate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from wina.allocation import ALLOCATIONS, Allocation
+from wina.criteria import CRITERIA, Criterion
+from wina.errors import ConfigError
+from wina.methods import METHODS
+from wina.prefill import Prefill, parse_prefill
+from wina.registry import create
+from wina.selectors import SELECTORS, Selector
+
+MASKS = ("projection", "group")
+STATISTICS = ("sequential", "dense")
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """Settings of a sparsification. Every field is checked when the object is made.
+
+    Attributes:
+        method: a name of :data:`wina.methods.METHODS`, which sets criterion and allocation.
+        sparsity: share of input channels dropped on average, in [0, 1).
+        criterion: overrides the method's, such as ``"norm-power:0.3"``.
+        selector: ``"threshold"`` (calibrated, what is deployed), ``"relative"`` or ``"topk"``.
+        allocation: overrides the method's.
+        mask: ``"projection"`` (each its own) or ``"group"`` (q, k, v share one, and gate, up).
+        prefill: ``"dense"``, ``"all"`` or ``"last:<share>"``, see :mod:`wina.prefill`.
+        sink_tokens: first tokens of a sequence that stay dense outside of decode.
+        statistics: ``"sequential"`` (a projection is calibrated on what sparse projections before
+            it produce, so that the realised sparsity is the one asked for) or ``"dense"``.
+        calibration_tokens: tokens of calibration text to use.
+        window: tokens in one calibration sequence.
+        seed: of everything random.
+    """
+
+    method: str = "wina"
+    sparsity: float = 0.5
+    criterion: str | None = None
+    selector: str = "threshold"
+    allocation: str | None = None
+    mask: str = "projection"
+    prefill: str = "dense"
+    sink_tokens: int = 2
+    statistics: str = "sequential"
+    calibration_tokens: int = 8192
+    window: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        method = METHODS[self.method]
+        _check_number("sparsity", self.sparsity)
+        if not 0.0 <= self.sparsity < 1.0:
+            raise ConfigError(f"sparsity is a share in [0, 1), not {self.sparsity}")
+        if method.dense and self.sparsity != 0.0:
+            raise ConfigError(f"method {self.method!r} drops nothing: sparsity must be 0")
+        for name in ("sink_tokens", "calibration_tokens", "window", "seed"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ConfigError(f"{name} must be a non-negative integer, not {value!r}")
+        if self.window <= self.sink_tokens + 1:
+            raise ConfigError(
+                f"window ({self.window}) must exceed sink_tokens ({self.sink_tokens}) by 2"
+            )
+        _check_choice("mask", self.mask, MASKS)
+        _check_choice("statistics", self.statistics, STATISTICS)
+        self.make_criterion()
+        self.make_allocation()
+        self.make_selector()
+        self.make_prefill()
+
+    def make_criterion(self) -> Criterion:
+        """The criterion: the field, or else the method's."""
+        return create(CRITERIA, self.criterion or METHODS[self.method].criterion)
+
+    def make_allocation(self) -> Allocation:
+        """The allocation policy: the field, or else the method's."""
+        return create(ALLOCATIONS, self.allocation or METHODS[self.method].allocation)
+
+    def make_selector(self) -> Selector:
+        """The selector."""
+        return create(SELECTORS, self.selector)
+
+    def make_prefill(self) -> Prefill:
+        """The prefill protocol."""
+        return parse_prefill(self.prefill, self.sink_tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SparsityConfig:
+        """Inverse of :meth:`to_dict`; an unknown field raises :class:`ConfigError`."""
+        known = {field.name: field for field in fields(cls)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown setting {unknown[0]!r}. Known: {', '.join(known)}.")
+        for name, value in values.items():
+            allowed = (
+                (str, type(None))
+                if name in ("criterion", "allocation")
+                else ((int, float) if name == "sparsity" else (type(known[name].default),))
+            )
+            if not isinstance(value, allowed) or isinstance(value, bool):
+                raise ConfigError(f"setting {name!r} has the wrong type: {value!r}")
+        return cls(**values)
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, not {value!r}")
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name} {value!r} is not known. Known: {', '.join(known)}.")

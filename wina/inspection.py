@@ -1,0 +1,157 @@
+"""What a patched model does: the table of ``wina.inspect`` and the measuring of realised sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from wina.kernels.reference import keep_mask
+from wina.linear import SparseLinear
+from wina.patch import is_patched, patch_of
+from wina.plan import weighted_mean
+from wina.projections import find_projections
+
+
+@dataclass(frozen=True)
+class InspectionRow:
+    """One projection of a model. ``realised`` is what calibration measured."""
+
+    projection: str
+    shape: tuple[int, int]
+    sparsity: float
+    realised: float
+    cutoff: float | None
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All projections of a model; prints as a table.
+
+    Attributes:
+        model_type: such as ``"llama"``.
+        method: the method's name, ``"dense"`` for a dense model.
+        prefill: share of a prompt's tokens that are sparse.
+        realised: share of projection weights a decoded token skips, on calibration text.
+        rows: one for each projection, in order of execution.
+    """
+
+    model_type: str
+    method: str
+    prefill: float
+    realised: float
+    rows: tuple[InspectionRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        table = Table(title=f"{self.model_type}: {self.method}")
+        for column, justify in (
+            ("projection", "left"), ("[N, K]", "right"), ("asked", "right"),
+            ("realised", "right"), ("cut-off", "right"), ("backend", "left"), ("why", "left"),
+        ):  # fmt: skip
+            table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        for row in self.rows:
+            table.add_row(
+                row.projection,
+                f"{row.shape[0]}×{row.shape[1]}",
+                f"{row.sparsity:.3f}",
+                f"{row.realised:.3f}",
+                "" if row.cutoff is None else f"{row.cutoff:.4g}",
+                row.backend,
+                row.reason,
+            )
+        text = StringIO()
+        Console(file=text, width=160, color_system=None).print(table)
+        return (
+            f"{text.getvalue()}realised over the model: {self.realised:.3f} of projection weights "
+            f"skipped by a decoded token (on calibration text); share of prefill tokens that are "
+            f"sparse: {self.prefill:g}"
+        )
+
+
+def inspect(model: nn.Module) -> Inspection:
+    """List the projections of a model: sparsity asked and realised, cut-off, backend and why.
+
+    Works on dense models too, where it shows what :func:`wina.sparsify` would replace.
+    """
+    if not is_patched(model):
+        projections = find_projections(model)
+        rows = tuple(
+            InspectionRow(p.name, (p.out_features, p.in_features), 0.0, 0.0, None, "torch", "dense")
+            for p in projections
+        )
+        return Inspection(str(model.config.model_type), "dense", 0.0, 0.0, rows)  # type: ignore[union-attr]
+    patch = patch_of(model)
+    rows = []  # type: ignore[assignment]
+    sparse = {m.name: m for m in model.modules() if isinstance(m, SparseLinear)}
+    for name, layer in patch.plan.layers.items():
+        choice = sparse[name].choice
+        shape = (layer.projection.out_features, layer.projection.in_features)
+        rows.append(  # type: ignore[attr-defined]
+            InspectionRow(
+                name,
+                shape,
+                layer.sparsity,
+                layer.realised,
+                layer.cutoff,
+                choice.backend.name,
+                choice.reason,
+            )  # fmt: skip
+        )
+    return Inspection(
+        patch.plan.model_type,
+        patch.plan.config.method,
+        patch.control.prefill.share if patch.control.enabled else 0.0,
+        patch.plan.realised,
+        tuple(rows),
+    )
+
+
+class RealisedSparsity:
+    """Counts the channels that sparse products drop while it is attached."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._projections = [layer.projection for layer in patch_of(model).plan.layers.values()]
+        self._dropped = {p.name: 0 for p in self._projections}
+        self._seen = {p.name: 0 for p in self._projections}
+
+    def __call__(self, name: str, x: Tensor, threshold: Tensor, scale: Tensor | None) -> None:
+        """Count one product's channels."""
+        self._dropped[name] += int((~keep_mask(x.detach(), threshold, scale)).sum())
+        self._seen[name] += x.numel()
+
+    @property
+    def by_projection(self) -> Mapping[str, float]:
+        """Projection name → share of channels dropped (0 where nothing was seen)."""
+        return {
+            name: self._dropped[name] / seen if seen else 0.0 for name, seen in self._seen.items()
+        }
+
+    @property
+    def mean(self) -> float:
+        """Share of projection weights skipped: the mean weighted by K·N."""
+        return weighted_mean(self._projections, self.by_projection)
+
+
+@contextmanager
+def measure_sparsity(model: nn.Module) -> Iterator[RealisedSparsity]:
+    """Measure the realised sparsity of everything that runs inside the ``with`` block (slower)."""
+    control = patch_of(model).control
+    counter = RealisedSparsity(model)
+    before = control.observer
+    control.observer = counter
+    try:
+        yield counter
+    finally:
+        control.observer = before

@@ -1,0 +1,130 @@
+"""The module that replaces a projection, and the state that a patched model's modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wina.kernels.dispatch import Choice, LayerSpec, choose
+from wina.kernels.reference import mask_inputs
+from wina.prefill import Prefill
+from wina.selectors import Selector
+
+
+class Control:
+    """Switches that all sparse modules of one model read on every call.
+
+    Attributes:
+        enabled: False makes every module dense (``with wina.dense(model)``).
+        prefill: which tokens of a multi-token forward are sparse.
+        observer: called with (projection name, x, threshold, scale) of every sparse product;
+            set while realised sparsity is measured, None otherwise.
+    """
+
+    def __init__(self, prefill: Prefill, backend: str) -> None:
+        self.enabled = True
+        self.prefill = prefill
+        self.backend = backend
+        self.observer: Callable[[str, Tensor, Tensor, Tensor | None], None] | None = None
+
+    def first_sparse(self, x: Tensor) -> int:
+        """Index, along the sequence, of the first sparse token of hidden states [..., S, K]."""
+        length = x.shape[-2] if x.dim() > 1 else 1
+        return self.prefill.start(length) if self.enabled else length
+
+
+class SparseLinear(nn.Linear):
+    """y = Wx + b that reads only the active channels' columns of W while decoding.
+
+    Shares the parameters of the ``nn.Linear`` it stands for. The weight keeps its logical shape
+    [N, K] and its storage, but lies K-major in it (strides (1, N)): a channel is one contiguous
+    row. So state dicts, ``F.linear`` and the kernels all work on the one copy.
+
+    With gradients enabled the product is the differentiable dense one on masked inputs.
+    """
+
+    threshold: Tensor
+
+    def __init__(
+        self,
+        original: nn.Linear,
+        name: str,
+        threshold: Tensor,
+        sparsity: float,
+        selector: Selector,
+        control: Control,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's would allocate a second weight
+        self.in_features = original.in_features
+        self.out_features = original.out_features
+        self.weight = original.weight
+        self.bias = original.bias
+        self.train(original.training)
+        self.name = name
+        self.sparsity = sparsity
+        self.selector = selector
+        self.control = control
+        self.register_buffer(
+            "threshold", threshold.to(self.weight.device, torch.float32), persistent=False
+        )
+        self.choice = self._choose()
+
+    def _choose(self) -> Choice:
+        layer = LayerSpec(
+            self.weight.device, self.weight.dtype, self.in_features, self.out_features
+        )
+        return choose(layer, self.control.backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Hidden states [..., S, K] → [..., S, N]; a sequence of one token is a decode step."""
+        start = self.control.first_sparse(x)
+        if start == 0 and not self._needs_gradient(x):
+            scale = self.scale(x)
+            if self.control.observer is not None:
+                self.control.observer(self.name, x, self.threshold, scale)
+            return self.choice.backend.sparse_linear(
+                x, self.weight.t(), self.threshold, self.bias, scale
+            )
+        return F.linear(self.masked(x, start), self.weight, self.bias)
+
+    def scale(self, x: Tensor) -> Tensor | None:
+        """The selector's per-token factor for hidden states x."""
+        return self.selector.scale(x, self.threshold, self.sparsity)
+
+    def masked(self, x: Tensor, start: int) -> Tensor:
+        """x [..., S, K] with the inactive channels of tokens from ``start`` on set to zero."""
+        length = x.shape[-2] if x.dim() > 1 else 1
+        if start >= length:
+            return x
+        if start == 0:
+            return self._mask(x)
+        return torch.cat([x[..., :start, :], self._mask(x[..., start:, :])], dim=-2)
+
+    def _mask(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = self.scale(x)
+        if self.control.observer is not None:
+            self.control.observer(self.name, x, self.threshold, scale)
+        return mask_inputs(x, self.threshold, scale)
+
+    def _needs_gradient(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseLinear:
+        # `.to(bfloat16)` casts buffers as well; thresholds stay float32 on every path.
+        threshold = self.threshold
+        super()._apply(fn, recurse)
+        self.threshold = threshold.to(self.threshold.device)
+        self.choice = self._choose()
+        return self
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return (
+            f"{super().extra_repr()}, sparsity={self.sparsity:.3g}, "
+            f"backend={self.choice.backend.name}"
+        )

@@ -1,0 +1,118 @@
+"""The module that replaces a gated MLP: one fused product for gate and up, then down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wina.kernels.reference import ACTIVATIONS
+from wina.linear import SparseLinear
+
+
+@dataclass(frozen=True)
+class GatedForm:
+    """Names under which an MLP class keeps the parts of down(act(gate(x))·up(x))."""
+
+    gate: str
+    up: str
+    down: str
+    activation: str
+
+
+# Forms are recognised by these names and then verified by numbers, so a class that uses the names
+# for another formula is left as it is (its projections are replaced one by one).
+GATED_FORMS = (
+    GatedForm("gate_proj", "up_proj", "down_proj", "act_fn"),
+    GatedForm("w1", "w3", "w2", "act_fn"),
+)
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """A verified gated MLP: its form and the kernels' name of its activation."""
+
+    form: GatedForm
+    activation: str
+
+
+def recognise_gated_mlp(module: nn.Module) -> GatedMLP | None:
+    """The gated form of a module, or None. Runs it on one random token to make sure."""
+    children = dict(module.named_children())
+    for form in GATED_FORMS:
+        if set(children) != {form.gate, form.up, form.down, form.activation}:
+            continue
+        activation = recognise_activation(children[form.activation])
+        if activation is None:
+            continue
+        gate, up, down = (children[name] for name in (form.gate, form.up, form.down))
+        if not all(isinstance(child, nn.Linear) for child in (gate, up, down)):
+            continue
+        generator = torch.Generator().manual_seed(0)
+        weight = gate.weight
+        assert isinstance(weight, Tensor)
+        x = torch.randn(1, 1, weight.shape[1], generator=generator).to(weight)
+        with torch.no_grad():
+            expected = down(ACTIVATIONS[activation](gate(x)) * up(x))
+            if torch.allclose(module(x), expected, rtol=1e-2, atol=1e-6):
+                return GatedMLP(form, activation)
+    return None
+
+
+def recognise_activation(function: Callable[[Tensor], Tensor]) -> str | None:
+    """The kernels' name of an elementwise function, found by comparing values; None if unknown."""
+    x = torch.linspace(-6.0, 6.0, 49)
+    with torch.no_grad():
+        try:
+            y = function(x)
+        except (RuntimeError, TypeError):
+            return None
+        for name, known in ACTIVATIONS.items():
+            if isinstance(y, Tensor) and torch.allclose(y, known(x), rtol=1e-5, atol=1e-6):
+                return name
+    return None
+
+
+class SparseGatedMLP(nn.Module):
+    """down(act(gate(x))·up(x)) with the three projections sparse.
+
+    Its children have the names of the module it replaces, so state dicts do not change.
+    """
+
+    def __init__(self, original: nn.Module, gated: GatedMLP) -> None:
+        super().__init__()
+        for name, child in original.named_children():
+            self.add_module(name, child)
+        self.gated = gated
+        self.train(original.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Hidden states [..., S, K] → [..., S, K]."""
+        form = self.gated.form
+        gate: SparseLinear = self._modules[form.gate]  # type: ignore[assignment]
+        up: SparseLinear = self._modules[form.up]  # type: ignore[assignment]
+        down: SparseLinear = self._modules[form.down]  # type: ignore[assignment]
+        control = gate.control
+        if (
+            control.observer is None
+            and control.first_sparse(x) == 0
+            and not (torch.is_grad_enabled())
+        ):
+            h = gate.choice.backend.sparse_gate_up(
+                x,
+                gate.weight.t(),
+                up.weight.t(),
+                gate.threshold,
+                up.threshold,
+                self.gated.activation,
+                gate.bias,
+                up.bias,
+                gate.scale(x),
+                up.scale(x),
+            )
+        else:
+            h = ACTIVATIONS[self.gated.activation](gate(x)) * up(x)
+        y: Tensor = down(h)
+        return y

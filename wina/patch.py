@@ -1,0 +1,247 @@
+"""Puts sparse modules into a model, and takes them out again.
+
+Knows plans; knows nothing of how they are calibrated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from wina.errors import PatchStateError, PlanError, UnsupportedModelError
+from wina.linear import Control, SparseLinear
+from wina.mlp import SparseGatedMLP, recognise_gated_mlp
+from wina.plan import SparsityPlan
+from wina.prefill import Prefill
+from wina.projections import architecture_of, check_projection
+
+_ATTRIBUTE = "_wina_patch"
+
+
+class Layout:
+    """Turns weights over inside their own storage, without losing one to an interrupt.
+
+    While a weight is rewritten its values are held beside it, so that :meth:`recover` can finish.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[nn.Parameter, Tensor] | None = None
+
+    def to_k_major(self, parameter: nn.Parameter) -> None:
+        """Lay a weight [N, K] K-major: same values, shape and storage, strides (1, N)."""
+        data = parameter.data
+        if data.t().is_contiguous():
+            return
+        values = data.t().clone(memory_format=torch.contiguous_format)
+        self._pending = (parameter, values)
+        turned = _memory(parameter).view(values.shape)
+        turned.copy_(values)
+        parameter.data = turned.t()
+        self._pending = None
+
+    def to_row_major(self, parameter: nn.Parameter) -> None:
+        """Inverse of :meth:`to_k_major`."""
+        if parameter.data.is_contiguous():
+            return
+        self._pending = (
+            parameter, parameter.data.t().clone(memory_format=torch.contiguous_format)
+        )  # fmt: skip
+        self.recover()
+
+    def recover(self) -> None:
+        """Finish a weight whose rewriting was interrupted: it ends row-major."""
+        if self._pending is None:
+            return
+        parameter, values = self._pending
+        straight = _memory(parameter).view(values.shape[1], values.shape[0])
+        straight.copy_(values.t())
+        parameter.data = straight
+        self._pending = None
+
+
+def _memory(parameter: nn.Parameter) -> Tensor:
+    """The elements of a dense parameter as they lie in memory, [numel]."""
+    return parameter.data.as_strided((parameter.numel(),), (1,))
+
+
+@dataclass
+class Patch:
+    """What was done to a model, in the order in which it was done."""
+
+    plan: SparsityPlan
+    control: Control
+    replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    transposed: list[nn.Parameter] = field(default_factory=list)
+    layout: Layout = field(default_factory=Layout)
+
+    def undo(self) -> None:
+        """Put the original modules and weight layouts back, last change first.
+
+        Can be interrupted and called again.
+        """
+        while self.replaced:
+            parent, name, original = self.replaced[-1]
+            original.train(parent._modules[name].training)  # type: ignore[union-attr]
+            parent._modules[name] = original
+            self.replaced.pop()
+        self.layout.recover()
+        while self.transposed:
+            self.layout.to_row_major(self.transposed[-1])
+            self.transposed.pop()
+
+
+def patch_of(model: nn.Module) -> Patch:
+    """The patch of a sparsified model; a dense model raises :class:`PatchStateError`."""
+    patch = model.__dict__.get(_ATTRIBUTE)
+    if not isinstance(patch, Patch):
+        raise PatchStateError("the model is dense: wina.sparsify(model, ...) has not been called")
+    return patch
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether the model is sparsified."""
+    return _ATTRIBUTE in model.__dict__
+
+
+def apply_plan(
+    model: nn.Module, plan: SparsityPlan, prefill: str | None = None, backend: str = "auto"
+) -> None:
+    """Replace the projections and gated MLPs that a plan names.
+
+    Weights are laid K-major one at a time inside their own storage: peak memory is the model and
+    one weight. If anything goes wrong (or is interrupted) the model is dense and whole again.
+
+    Args:
+        model: the dense model that the plan was made for.
+        plan: from :func:`wina.calibrate` or :meth:`SparsityPlan.load`.
+        prefill: overrides the plan's prefill protocol.
+        backend: ``"auto"``, or one of :func:`wina.kernels.dispatch.backends`.
+
+    Raises:
+        PatchStateError: the model is sparsified already.
+        PlanError: the plan is for another model.
+        UnsupportedModelError: a weight is shared or not contiguous; the message names it.
+    """
+    if is_patched(model):
+        raise PatchStateError(
+            "the model is sparsified already: call wina.restore(model) before another plan"
+        )
+    architecture = architecture_of(model)
+    for name in plan.layers:
+        try:
+            check_projection(name, model.get_submodule(name), architecture)
+        except AttributeError:
+            raise PlanError(f"the plan names {name}, which this model does not have") from None
+    plan.check(model)
+    _check_weights(model, plan)
+    config = plan.config
+    protocol = (
+        config.make_prefill()
+        if prefill is None
+        else type(config).from_dict({**config.to_dict(), "prefill": prefill}).make_prefill()
+    )
+    patch = Patch(plan, Control(protocol, backend))
+    try:
+        gated = {
+            name: found
+            for name, module in model.named_modules()
+            if all(
+                f"{name}.{child}" in plan.layers
+                for child, m in module.named_children()
+                if isinstance(m, nn.Linear)
+            )
+            and (found := recognise_gated_mlp(module)) is not None
+        }
+        for name, layer in plan.layers.items():
+            parent_name, _, leaf = name.rpartition(".")
+            parent = model.get_submodule(parent_name)
+            original = parent._modules[leaf]
+            assert isinstance(original, nn.Linear)
+            sparse = SparseLinear(
+                original, name, layer.threshold, layer.sparsity,
+                config.make_selector(), patch.control,
+            )  # fmt: skip
+            weight = original.weight
+            assert isinstance(weight, nn.Parameter)
+            patch.transposed.append(weight)
+            patch.layout.to_k_major(weight)
+            _replace(patch, parent, leaf, original, sparse)
+        for name, found in gated.items():
+            parent_name, _, leaf = name.rpartition(".")
+            parent = model.get_submodule(parent_name)
+            mlp = parent._modules[leaf]
+            assert mlp is not None
+            _replace(patch, parent, leaf, mlp, SparseGatedMLP(mlp, found))
+    except BaseException:
+        patch.undo()
+        raise
+    model.__dict__[_ATTRIBUTE] = patch
+
+
+def _replace(
+    patch: Patch, parent: nn.Module, name: str, original: nn.Module, new: nn.Module
+) -> None:
+    patch.replaced.append((parent, name, original))
+    parent._modules[name] = new
+
+
+def restore(model: nn.Module) -> None:
+    """Make a sparsified model dense again: the original modules, weights bit for bit in place.
+
+    Raises:
+        PatchStateError: the model is dense.
+    """
+    patch_of(model).undo()
+    del model.__dict__[_ATTRIBUTE]
+
+
+@contextmanager
+def dense(model: nn.Module) -> Iterator[nn.Module]:
+    """Let a sparsified model compute densely inside the ``with`` block.
+
+    Weights stay K-major, so speed is not that of the restored model: use :func:`restore` to time
+    a dense baseline.
+    """
+    control = patch_of(model).control
+    before = control.enabled
+    control.enabled = False
+    try:
+        yield model
+    finally:
+        control.enabled = before
+
+
+@contextmanager
+def prefill_protocol(model: nn.Module, prefill: Prefill) -> Iterator[nn.Module]:
+    """Score texts under another prefill protocol inside the ``with`` block."""
+    control = patch_of(model).control
+    before = control.prefill
+    control.prefill = prefill
+    try:
+        yield model
+    finally:
+        control.prefill = before
+
+
+def _check_weights(model: nn.Module, plan: SparsityPlan) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter.data_ptr(), []).append(name)
+    for name in plan.layers:
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        sharing = owners[weight.data_ptr()]
+        if len(sharing) > 1 and weight.numel():
+            raise UnsupportedModelError(
+                f"{name}.weight shares its memory with "
+                f"{', '.join(n for n in sharing if n != f'{name}.weight')}: laying it K-major "
+                "would break the other"
+            )
+        if not (weight.is_contiguous() or weight.t().is_contiguous()):
+            raise UnsupportedModelError(
+                f"{name}.weight has strides {weight.stride()}: make it contiguous first"
+            )

@@ -1,0 +1,267 @@
+"""The result of calibration: which channels of which projection may be skipped.
+
+A plan is a folder with ``plan.json`` (readable) and ``plan.safetensors`` (thresholds, and the
+weight samples that tell for which model they were made). Nothing else is read or executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as safetensors_load
+from safetensors.torch import save as safetensors_save
+from torch import Tensor, nn
+
+import wina.projections as projections_module
+from wina.config import SparsityConfig
+from wina.errors import PlanError, WinaError
+from wina.projections import Projection
+
+FORMAT = "wina-plan"
+VERSION = 1
+JSON_FILE = "plan.json"
+TENSOR_FILE = "plan.safetensors"
+
+_SAMPLES = 16
+# A checkpoint rounded to bfloat16 is the same model; a fine-tuned one is not.
+_SAMPLE_RTOL = 2.0**-7
+
+
+@dataclass(frozen=True)
+class ProjectionPlan:
+    """What one projection does at run time, and what was measured when it was calibrated.
+
+    Attributes:
+        projection: name and shape.
+        sparsity: share of channels to drop, as allocated.
+        realised: share dropped on the calibration text.
+        cutoff: τ, the cut-off of the scores |x_j|·c_j (in units of the selector's scale).
+        threshold: τ/c, [K] float32.
+        sample: a few weights, by which the model is recognised, float32.
+    """
+
+    projection: Projection
+    sparsity: float
+    realised: float
+    cutoff: float
+    threshold: Tensor
+    sample: Tensor
+
+
+@dataclass(frozen=True)
+class SparsityPlan:
+    """Thresholds for every projection of one model.
+
+    Attributes:
+        config: the settings that led here.
+        model_type: ``config.model_type`` of the model.
+        calibration: what was read: source, tokens (JSON values, for people).
+        layers: projection name → its plan, in order of execution.
+    """
+
+    config: SparsityConfig
+    model_type: str
+    calibration: Mapping[str, Any]
+    layers: Mapping[str, ProjectionPlan] = field(repr=False)
+
+    @property
+    def realised(self) -> float:
+        """Share of projection weights skipped on the calibration text."""
+        return weighted_mean(
+            [layer.projection for layer in self.layers.values()],
+            {name: layer.realised for name, layer in self.layers.items()},
+        )
+
+    def check(self, model: nn.Module) -> None:
+        """Raise :class:`PlanError` unless the plan was made for this model."""
+        found = projections_module.model_type_of(model)
+        if found != self.model_type:
+            raise PlanError(f"the plan is for a {self.model_type} model, this is a {found}")
+        modules = dict(model.named_modules())
+        for name, layer in self.layers.items():
+            module = modules.get(name)
+            if not isinstance(module, nn.Linear):
+                raise PlanError(f"the plan names {name}, which is no linear layer of this model")
+            shape = (layer.projection.out_features, layer.projection.in_features)
+            if tuple(module.weight.shape) != shape:
+                raise PlanError(
+                    f"{name} has shape {tuple(module.weight.shape)}, in the plan it has {shape}"
+                )
+            if not torch.allclose(
+                weight_sample(module.weight), layer.sample, rtol=_SAMPLE_RTOL, atol=1e-8
+            ):
+                raise PlanError(
+                    f"{name} has other weights than the model this plan was made for: "
+                    "calibrate this model and use its own plan"
+                )
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the plan into ``folder`` (made if missing). A previous plan is replaced at once
+        or, if writing fails, not at all.
+        """
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for name, layer in self.layers.items():
+            tensors[f"{name}.threshold"] = layer.threshold.contiguous()
+            tensors[f"{name}.sample"] = layer.sample.contiguous()
+        blob = safetensors_save(tensors)
+        document = self._document(hashlib.sha256(blob).hexdigest())
+        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+        # The JSON names the tensors by their hash, so a crash between the two renames is noticed
+        # when loading instead of giving a mixture.
+        _write_atomically(path / TENSOR_FILE, blob)
+        _write_atomically(path / JSON_FILE, text.encode())
+        return path
+
+    def _document(self, tensor_hash: str) -> dict[str, Any]:
+        document: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model_type": self.model_type,
+            "config": self.config.to_dict(),
+            "calibration": dict(self.calibration),
+            "realised": self.realised,
+            "projections": [
+                {
+                    "name": layer.projection.name,
+                    "block": layer.projection.block,
+                    "group": layer.projection.group,
+                    "in_features": layer.projection.in_features,
+                    "out_features": layer.projection.out_features,
+                    "sparsity": layer.sparsity,
+                    "realised": layer.realised,
+                    "cutoff": layer.cutoff,
+                }
+                for layer in self.layers.values()
+            ],
+            "tensors_sha256": tensor_hash,
+        }
+        document["sha256"] = _digest(document)
+        return document
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> SparsityPlan:
+        """Read a plan folder.
+
+        Raises:
+            PlanError: missing, truncated, altered, or of an unknown version.
+        """
+        path = Path(folder)
+        try:
+            raw = (path / JSON_FILE).read_bytes()
+            blob = (path / TENSOR_FILE).read_bytes()
+        except OSError as error:
+            raise PlanError(
+                f"{path} is no plan folder: {error.strerror} ({error.filename})"
+            ) from None
+        try:
+            document = json.loads(raw)
+        except (ValueError, RecursionError):
+            raise PlanError(f"{path / JSON_FILE} is not JSON: truncated or altered") from None
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise PlanError(f"{path / JSON_FILE} is not a {FORMAT} file")
+        if document.get("version") != VERSION:
+            raise PlanError(
+                f"{path / JSON_FILE} has version {document.get('version')!r}; this wina reads "
+                f"version {VERSION}. Calibrate again, or use the wina that wrote it."
+            )
+        if document.pop("sha256", None) != _digest(document):
+            raise PlanError(f"{path / JSON_FILE} was altered: its checksum does not fit")
+        if document.get("tensors_sha256") != hashlib.sha256(blob).hexdigest():
+            raise PlanError(f"{path / TENSOR_FILE} was altered or belongs to another plan")
+        try:
+            return cls._parse(document, safetensors_load(blob))
+        except (KeyError, TypeError, ValueError, SafetensorError, WinaError) as error:
+            raise PlanError(f"{path} is malformed: {error}") from error
+
+    @classmethod
+    def _parse(cls, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SparsityPlan:
+        layers = {}
+        for row in document["projections"]:
+            name = _typed(row, "name", str)
+            projection = Projection(
+                name=name,
+                block=_typed(row, "block", int),
+                group=_typed(row, "group", str),
+                in_features=_typed(row, "in_features", int),
+                out_features=_typed(row, "out_features", int),
+            )
+            threshold = tensors[f"{name}.threshold"]
+            if tuple(threshold.shape) != (projection.in_features,):
+                raise PlanError(f"{name}.threshold has shape {tuple(threshold.shape)}")
+            if threshold.dtype != torch.float32 or threshold.isnan().any():
+                raise PlanError(f"{name}.threshold must be float32 without NaN")
+            layers[name] = ProjectionPlan(
+                projection=projection,
+                sparsity=_share(row, "sparsity"),
+                realised=_share(row, "realised"),
+                cutoff=float(_typed(row, "cutoff", (int, float))),
+                threshold=threshold,
+                sample=tensors[f"{name}.sample"],
+            )
+        return cls(
+            config=SparsityConfig.from_dict(document["config"]),
+            model_type=_typed(document, "model_type", str),
+            calibration=_typed(document, "calibration", dict),
+            layers=layers,
+        )
+
+
+def weighted_mean(projections: Sequence[Projection], values: Mapping[str, float]) -> float:
+    """Mean of a per-projection value, weighted by the projections' numbers of weights."""
+    total = sum(projection.weights for projection in projections)
+    return sum(values[p.name] * p.weights for p in projections) / total if total else 0.0
+
+
+def weight_sample(weight: Tensor) -> Tensor:
+    """A few weights at fixed positions of a matrix [N, K], float32 on the CPU."""
+    rows, columns = weight.shape
+    index = torch.arange(_SAMPLES, dtype=torch.int64)
+    # Large odd steps visit rows and columns that are not aligned with heads or blocks.
+    row = (index * 7919 + 13) % rows
+    column = (index * 104729 + 5) % columns
+    sample = weight.detach()[row.to(weight.device), column.to(weight.device)]
+    return sample.to("cpu", torch.float32)
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _typed(row: Mapping[str, Any], key: str, kind: type | tuple[type, ...]) -> Any:
+    value = row[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise PlanError(f"{key} has the wrong type: {value!r}")
+    return value
+
+
+def _share(row: Mapping[str, Any], key: str) -> float:
+    value = float(_typed(row, key, (int, float)))
+    if not 0.0 <= value <= 1.0:
+        raise PlanError(f"{key} of {row.get('name')} is not in [0, 1]: {value}")
+    return value

@@ -1,0 +1,37 @@
+"""What a selector is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from wina.registry import Registry
+from wina.statistics import ScoreHistogram
+
+
+class Selector(ABC):
+    """Chooses the cut-off of the scores |x_j|·c_j.
+
+    With t_j = cutoff/c_j a channel is kept iff not |x_j| ≤ t_j·scale(token).
+    """
+
+    @abstractmethod
+    def scale(self, x: Tensor, threshold: Tensor, sparsity: float) -> Tensor | None:
+        """The factor that multiplies a token's thresholds.
+
+        Args:
+            x: hidden states [..., K].
+            threshold: t [K] float32 (during calibration: 1/c, a cut-off of 1).
+            sparsity: share of channels to drop.
+
+        Returns:
+            [...] float32, or None where every token has the same cut-off.
+        """
+
+    def cutoff(self, histogram: ScoreHistogram, sparsity: float) -> float:
+        """The cut-off from the calibration scores |x_j|·c_j/scale: their ``sparsity``-quantile."""
+        return histogram.quantile(sparsity)
+
+
+SELECTORS: Registry[type[Selector]] = Registry("selector")

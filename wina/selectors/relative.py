@@ -1,0 +1,21 @@
+"""A calibrated cut-off in units of the token's own mean magnitude."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wina.selectors.base import SELECTORS, Selector
+
+
+@SELECTORS.register("relative")
+class Relative(Selector):
+    """Keep |x_j|·c_j > τ·mean_i|x_i|: follows a token whose hidden state is larger or smaller.
+
+    The mean, unlike the root mean square, is not ruled by a few massive activations. O(K), no
+    sort; in the spirit of the statistical top-k of Spark Transformer and Gemma 3n.
+    """
+
+    def scale(self, x: Tensor, threshold: Tensor, sparsity: float) -> Tensor | None:
+        """mean_j |x_j| of every token, in float32."""
+        return x.abs().mean(dim=-1, dtype=torch.float32)

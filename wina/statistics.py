@@ -1,0 +1,103 @@
+"""Column norms and streaming quantiles: what calibration measures.
+
+Knows nothing of models, methods or plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from wina.errors import CalibrationError
+
+# A norm is computed over this many weights at a time in float64, so that its peak memory does not
+# depend on the layer.
+_NORM_CHUNK = 1 << 22
+
+# float32 bit patterns without the sign, truncated to 8 exponent and 7 mantissa bits.
+_SHIFT = 16
+_BINS = 1 << 15
+
+
+def column_norms(weights: Sequence[Tensor], p: float = 2.0) -> Tensor:
+    """‖W_:,j‖_p of the rows-stacked matrix of ``weights``.
+
+    Args:
+        weights: matrices [N_i, K] of one projection group (any float dtype, any strides).
+        p: order of the norm, > 0.
+
+    Returns:
+        [K] float32, accumulated in float64. Every backend and integration takes its norms from
+        here, so that all of them choose the same channels.
+    """
+    first = weights[0]
+    total = torch.zeros(first.shape[1], dtype=torch.float64, device=first.device)
+    for weight in weights:
+        rows = max(1, _NORM_CHUNK // max(1, weight.shape[1]))
+        for chunk in weight.detach().split(rows):
+            total += chunk.to(torch.float64).abs_().pow_(p).sum(0)
+    return total.pow_(1.0 / p).to(torch.float32)
+
+
+class ScoreHistogram:
+    """Quantiles of a stream of non-negative scores in constant memory (256 KiB).
+
+    The bins are float32 bit patterns cut to bfloat16's precision: logarithmic, 128 to an octave,
+    covering all of float32, so no range has to be known in advance.
+    """
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(_BINS, dtype=torch.int64)
+
+    @property
+    def total(self) -> int:
+        """Number of scores seen."""
+        return int(self.counts.sum())
+
+    def add(self, scores: Tensor) -> None:
+        """Count scores (any shape, float32, ≥ 0); NaN or Inf raises :class:`CalibrationError`."""
+        bits = scores.contiguous().view(torch.int32).flatten() >> _SHIFT
+        counts = torch.bincount(bits, minlength=_BINS) if bits.numel() else self.counts[:0]
+        if counts.numel() > _BINS:
+            raise CalibrationError("scores must not be negative")
+        if not counts.numel():
+            return
+        counts = counts.cpu()
+        if counts[_bin(torch.inf) :].any():
+            raise CalibrationError("found NaN or Inf among the scores")
+        self.counts += counts
+
+    def merge(self, other: ScoreHistogram) -> None:
+        """Add the scores that another histogram has seen."""
+        self.counts += other.counts
+
+    def quantile(self, share: float) -> float:
+        """The value with ``share`` of the scores at or below it, linear inside its bin.
+
+        ``share`` = 0 gives −1, which no score is at or below: the cut-off that keeps everything.
+        """
+        if not 0.0 <= share <= 1.0:
+            raise CalibrationError(f"a quantile lies between 0 and 1, not at {share}")
+        if share == 0.0:
+            return -1.0
+        total = self.total
+        if total == 0:
+            raise CalibrationError("no scores were seen, so they have no quantile")
+        cumulative = self.counts.cumsum(0)
+        wanted = share * total
+        index = int(torch.searchsorted(cumulative, torch.tensor(wanted, dtype=torch.float64)))
+        index = min(index, _BINS - 1)
+        low, high = _edge(index), _edge(index + 1)
+        below = int(cumulative[index - 1]) if index else 0
+        inside = int(self.counts[index])
+        return low + (high - low) * ((wanted - below) / inside if inside else 0.0)
+
+
+def _bin(value: float) -> int:
+    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32)) >> _SHIFT
+
+
+def _edge(index: int) -> float:
+    return float(torch.tensor(index << _SHIFT, dtype=torch.int32).view(torch.float32))
