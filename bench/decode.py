@@ -147,7 +147,7 @@ def bench_decode(
                 "speedup_vs_dense": 1.0,
                 "byte_ideal": 1.0,
                 "spread": times["dense"].spread,
-            }  # fmt: skip
+            }
         )
         rows.append(
             {
@@ -159,7 +159,7 @@ def bench_decode(
                 "speedup_vs_dense": ratio(times["dense"], times["sparse"]),
                 "byte_ideal": dense_bytes / bytes_per_token(model, realised),
                 "spread": times["sparse"].spread,
-            }  # fmt: skip
+            }
         )
     return rows
 

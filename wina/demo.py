@@ -62,7 +62,7 @@ def run_demo(
             "realised": 0.0,
             "perplexity": baseline.perplexity,
             "continuation": _continue(model, tokenizer, prompt),
-        }  # fmt: skip
+        }
     ]
     dense_seconds: list[float] = []
     sparse = copy.deepcopy(model)
@@ -93,7 +93,7 @@ def run_demo(
                     "tokens_per_s": 1 / times["sparse"].median,
                     "speedup": ratio(times["dense"], times["sparse"]),
                     "continuation": _continue(sparse, tokenizer, prompt),
-                }  # fmt: skip
+                }
             )
             restore(sparse)
     dense_seconds.sort()

@@ -1,4 +1,4 @@
-"""What a patched model does: the table of ``wina.inspect`` and the measuring of realised sparsity."""
+"""What a patched model does: the table of ``wina.inspect``, and realised sparsity measured."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def inspect(model: nn.Module) -> Inspection:
                 layer.cutoff,
                 choice.backend.name,
                 choice.reason,
-            )  # fmt: skip
+            )
         )
     return Inspection(
         patch.plan.model_type,

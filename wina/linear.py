@@ -117,7 +117,7 @@ class SparseLinear(nn.Linear):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseLinear:
         # `.to(bfloat16)` casts buffers as well; thresholds stay float32 on every path.
         threshold = self.threshold
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.threshold = threshold.to(self.threshold.device)
         self.choice = self._choose()
         return self

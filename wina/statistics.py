@@ -37,7 +37,7 @@ def column_norms(weights: Sequence[Tensor], p: float = 2.0) -> Tensor:
     for weight in weights:
         rows = max(1, _NORM_CHUNK // max(1, weight.shape[1]))
         for chunk in weight.detach().split(rows):
-            total += chunk.to(torch.float64).abs_().pow_(p).sum(0)
+            total += chunk.to(torch.float64).abs().pow_(p).sum(0)
     return total.pow_(1.0 / p).to(torch.float32)
 
 
@@ -58,13 +58,12 @@ class ScoreHistogram:
 
     def add(self, scores: Tensor) -> None:
         """Count scores (any shape, float32, ≥ 0); NaN or Inf raises :class:`CalibrationError`."""
-        bits = scores.contiguous().view(torch.int32).flatten() >> _SHIFT
-        counts = torch.bincount(bits, minlength=_BINS) if bits.numel() else self.counts[:0]
-        if counts.numel() > _BINS:
-            raise CalibrationError("scores must not be negative")
-        if not counts.numel():
+        if not scores.numel():
             return
-        counts = counts.cpu()
+        bits = scores.contiguous().view(torch.int32).flatten() >> _SHIFT
+        if bits.min() < 0:  # the sign bit
+            raise CalibrationError("scores must not be negative")
+        counts = torch.bincount(bits, minlength=_BINS).cpu()
         if counts[_bin(torch.inf) :].any():
             raise CalibrationError("found NaN or Inf among the scores")
         self.counts += counts

@@ -52,10 +52,19 @@ using OptionalTensor = std::optional<Tensor>;
 #define WINA_GROUP 8
 #endif
 #ifndef WINA_TILE
-#define WINA_TILE 2048
+#define WINA_TILE 4096
 #endif
 #ifndef WINA_LEAD
 #define WINA_LEAD 8192
+#endif
+#ifndef WINA_HEAD
+#define WINA_HEAD 512
+#endif
+#ifndef WINA_SHORT
+#define WINA_SHORT 4096
+#endif
+#ifndef WINA_STEP
+#define WINA_STEP 64
 #endif
 #ifndef WINA_LOCALITY
 #define WINA_LOCALITY 3
@@ -67,8 +76,10 @@ using OptionalTensor = std::optional<Tensor>;
 #define WINA_SERIAL 32768
 #endif
 constexpr int kGroup = WINA_GROUP;           // kept rows that are read side by side
-constexpr int64_t kTile = WINA_TILE;         // float32 accumulators of one tile: 8 KiB of L1
+constexpr int64_t kTile = WINA_TILE;         // float32 accumulators of one tile: 16 KiB of L1
 constexpr int64_t kLeadBytes = WINA_LEAD;    // how far ahead of the arithmetic to prefetch
+constexpr int64_t kHeadBytes = WINA_HEAD;    // of a long row, how much of its beginning
+constexpr int64_t kShortBytes = WINA_SHORT;  // a row shorter than this is prefetched as a whole
 constexpr int64_t kMaxLead = 128;            // the same in rows, and the padding of the row list
 constexpr int64_t kSerialBytes = WINA_SERIAL;  // a thread gets at least this much to read
 constexpr int64_t kMaxTokens = 16;           // above: a dense matmul of the masked input
@@ -212,20 +223,24 @@ struct Group {
 };
 
 // acc[t][n .. n + P kStep) += sum over the group of coef[r][t] * row[r][n ..], for TT tokens.
-template <class T, int TT, int P, bool kPrefetch>
-inline void block(const Group<T>& g, int64_t n, float* acc, int64_t acc_stride) {
+// kFull: the group has kGroup rows, so that the loop over them can be unrolled.
+template <class T, int TT, int P, bool kPrefetch, bool kFull>
+inline void block(const Group<T>& g, int64_t n, int64_t ahead_n, float* acc,
+                  int64_t acc_stride) {
   Pair a[TT][P];
 #pragma GCC unroll 4
   for (int t = 0; t < TT; ++t)
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) a[t][p] = load_pair(acc + t * acc_stride + n + p * kStep);
-  const float* coef = g.coef;
-  for (int r = 0; r < g.rows; ++r, coef += g.stride) {
+  const int rows = kFull ? kGroup : g.rows, stride = kFull ? 1 : g.stride;
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+    const float* coef = g.coef + r * stride;
     if (kPrefetch) {
-      const char* ahead = reinterpret_cast<const char*>(g.ahead[r] + n);
+      const char* ahead = reinterpret_cast<const char*>(g.ahead[r] + ahead_n);
       constexpr int64_t bytes = P * kStep * sizeof(T);
 #pragma GCC unroll 8
-      for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(ahead + b, 0, WINA_LOCALITY);
+      for (int64_t b = 0; b < bytes; b += WINA_STEP) __builtin_prefetch(ahead + b, 0, WINA_LOCALITY);
     }
     const T* row = g.row[r] + n;
     Pair w[P];
@@ -250,13 +265,24 @@ inline void block(const Group<T>& g, int64_t n, float* acc, int64_t acc_stride) 
     }
 }
 
-template <class T, int TT, bool kPrefetch>
+template <class T, int TT, bool kPrefetch, bool kFull>
 void strip(const Group<T>& g, int64_t width, float* acc, int64_t acc_stride) {
   // 2 TT P accumulators, 2 P weights and a coefficient have to fit 16 vector registers.
   constexpr int P = TT == 1 ? WINA_PAIRS : TT == 2 ? 2 : 1;
+  // The hardware prefetcher follows a row once it has seen its first lines: the last kHeadBytes of
+  // this group's rows are where to fetch the first ones of the rows to come. Prefetching a whole
+  // long row in software costs more instructions than it saves.
+  const int64_t head =
+      (width * static_cast<int64_t>(sizeof(T)) < kShortBytes ? kShortBytes : kHeadBytes) /
+      static_cast<int64_t>(sizeof(T));
+  const int64_t start = kPrefetch ? std::max<int64_t>(0, width - head) : width;
   int64_t n = 0;
-  for (; n + P * kStep <= width; n += P * kStep) block<T, TT, P, kPrefetch>(g, n, acc, acc_stride);
-  for (; n + kStep <= width; n += kStep) block<T, TT, 1, kPrefetch>(g, n, acc, acc_stride);
+  for (; n + P * kStep <= start; n += P * kStep)
+    block<T, TT, P, false, kFull>(g, n, 0, acc, acc_stride);
+  for (; n + P * kStep <= width; n += P * kStep)
+    block<T, TT, P, kPrefetch, kFull>(g, n, n - start, acc, acc_stride);
+  for (; n + kStep <= width; n += kStep)
+    block<T, TT, 1, kPrefetch, kFull>(g, n, n - start, acc, acc_stride);
   for (; n < width; ++n)
     for (int t = 0; t < TT; ++t) {
       float a = acc[t * acc_stride + n];
@@ -267,12 +293,14 @@ void strip(const Group<T>& g, int64_t width, float* acc, int64_t acc_stride) {
 }
 
 template <class T, bool kPrefetch>
-void strip_tokens(Group<T> g, int tokens, int64_t width, float* acc, int64_t acc_stride) {
+void strip_tokens(const Group<T>& g, int tokens, int64_t width, float* acc, int64_t acc_stride) {
   switch (tokens) {
-    case 1: return strip<T, 1, kPrefetch>(g, width, acc, acc_stride);
-    case 2: return strip<T, 2, kPrefetch>(g, width, acc, acc_stride);
-    case 3: return strip<T, 3, kPrefetch>(g, width, acc, acc_stride);
-    default: return strip<T, 4, kPrefetch>(g, width, acc, acc_stride);
+    case 1:
+      return g.stride == 1 && g.rows == kGroup ? strip<T, 1, kPrefetch, true>(g, width, acc, acc_stride)
+                                               : strip<T, 1, kPrefetch, false>(g, width, acc, acc_stride);
+    case 2: return strip<T, 2, kPrefetch, false>(g, width, acc, acc_stride);
+    case 3: return strip<T, 3, kPrefetch, false>(g, width, acc, acc_stride);
+    default: return strip<T, 4, kPrefetch, false>(g, width, acc, acc_stride);
   }
 }
 
@@ -389,8 +417,8 @@ Projection check(const char* op, const char* prefix, const Tensor& x, int64_t to
                  const OptionalTensor& scale) {
   const auto name = [&](const char* what) { return std::string(op) + ": " + prefix + what; };
   const auto weight_name = [&] {
-    const std::string projection = *prefix ? std::string(prefix, std::strlen(prefix) - 1) : "weight";
-    return std::string(op) + ": " + projection;
+    const std::string projection(prefix, *prefix ? std::strlen(prefix) - 1 : 0);
+    return std::string(op) + ": " + (*prefix ? projection : "weight");
   };
   const int64_t K = x.size(-1);
   TORCH_CHECK(weight.dim() == 2 && weight.size(0) == K, weight_name(),

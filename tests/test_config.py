@@ -1,0 +1,85 @@
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wina import SparsityConfig
+from wina.errors import ConfigError, UnknownNameError
+from wina.methods import METHODS
+from wina.prefill import parse_prefill
+
+
+@given(
+    method=st.sampled_from([m for m in METHODS if m != "dense"]),
+    sparsity=st.floats(0, 0.99),
+    selector=st.sampled_from(["threshold", "relative", "topk"]),
+    prefill=st.sampled_from(["dense", "all", "last:0.5", "last:0.99"]),
+)
+def test_round_trip(method: str, sparsity: float, selector: str, prefill: str) -> None:
+    config = SparsityConfig(method=method, sparsity=sparsity, selector=selector, prefill=prefill)
+    assert SparsityConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, math.nan, math.inf, "0.5", None, True])
+def test_sparsity_must_be_a_share(sparsity: object) -> None:
+    with pytest.raises(ConfigError, match="sparsity"):
+        SparsityConfig(sparsity=sparsity)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "known"),
+    [
+        ("method", "wina, teal"),
+        ("criterion", "l2-norm, l1-norm, norm-power"),
+        ("selector", "threshold, topk"),
+        ("allocation", "uniform"),
+        ("prefill", "dense, all"),
+    ],
+)
+def test_unknown_names_list_the_known_ones(field: str, known: str) -> None:
+    with pytest.raises(UnknownNameError, match=known):
+        SparsityConfig(**{field: "wanda"})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mask": "layer"},
+        {"statistics": "none"},
+        {"window": 2},
+        {"calibration_tokens": -1},
+        {"seed": 1.5},
+        {"method": "dense", "sparsity": 0.5},
+        {"criterion": "norm-power:9"},
+        {"prefill": "last"},
+        {"prefill": "last:1.5"},
+    ],
+)
+def test_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        SparsityConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("values", [{"sparsty": 0.5}, {"window": "512"}, {"method": None}])
+def test_from_dict_refuses(values: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        SparsityConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("spec", "length", "start"),
+    [
+        ("dense", 100, 100),
+        ("dense", 1, 0),
+        ("all", 100, 2),
+        ("all", 1, 0),
+        ("all", 2, 2),
+        ("last:0.5", 100, 50),
+        ("last:0.99", 100, 2),
+        ("last:0.1", 3, 3),
+    ],
+)
+def test_prefill_start(spec: str, length: int, start: int) -> None:
+    assert parse_prefill(spec, sink_tokens=2).start(length) == start

@@ -1,0 +1,47 @@
+import pytest
+
+from wina.errors import ConfigError, UnknownNameError
+from wina.registry import Registry, create, split_spec
+
+
+class Thing:
+    def __init__(self, number: float = 1.0) -> None:
+        self.number = number
+
+
+class Plain:
+    pass
+
+
+@pytest.fixture
+def things() -> Registry[type]:
+    registry: Registry[type] = Registry("thing")
+    registry.register("thing")(Thing)
+    registry.register("plain")(Plain)
+    return registry
+
+
+def test_duplicate_raises(things: Registry[type]) -> None:
+    with pytest.raises(ConfigError, match="thing 'plain' is registered twice"):
+        things.register("plain")(Thing)
+
+
+def test_unknown_name_lists_and_suggests(things: Registry[type]) -> None:
+    with pytest.raises(UnknownNameError, match=r"Did you mean 'thing'\? Known: thing, plain"):
+        things["thin"]
+
+
+def test_create_hands_the_number_over(things: Registry[type]) -> None:
+    assert create(things, "thing").number == 1.0
+    assert create(things, "thing:0.25").number == 0.25
+
+
+@pytest.mark.parametrize("spec", ["thing:x", "thing:", "plain:1"])
+def test_malformed_spec(things: Registry[type], spec: str) -> None:
+    with pytest.raises(ConfigError, match="thing"):
+        create(things, spec)
+
+
+def test_split_spec() -> None:
+    assert split_spec("kind", "a:2") == ("a", 2.0)
+    assert split_spec("kind", "a") == ("a", None)

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wina.kernels.reference import keep_mask
+from wina.registry import create
+from wina.selectors import SELECTORS, Relative, Threshold, TopK
+from wina.statistics import ScoreHistogram
+
+
+@given(
+    channels=st.integers(1, 80),
+    sparsity=st.floats(0, 0.999),
+    seed=st.integers(0, 10_000),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(deadline=None, max_examples=100)
+def test_topk_keeps_the_highest_scores(
+    channels: int, sparsity: float, seed: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, channels, generator=generator).to(dtype)
+    c = torch.rand(channels, generator=generator) + 0.1
+    keep = keep_mask(x, 1 / c, TopK().scale(x, 1 / c, sparsity))
+    scores = x.abs().float() * c
+    for row, kept in zip(scores, keep, strict=True):
+        if kept.any() and not kept.all():
+            assert row[kept].min() >= row[~kept].max() * (1 - 1e-5)
+        ties = channels - row.unique().numel()
+        assert abs(int(kept.sum()) - max(1, channels - round(sparsity * channels))) <= ties
+
+
+def test_topk_keeps_nan_and_inf() -> None:
+    x = torch.tensor([[torch.nan, 1.0, torch.inf, 2.0]])
+    ones = torch.ones(4)
+    assert keep_mask(x, ones, TopK().scale(x, ones, 0.5)).tolist() == [[True, False, True, False]]
+
+
+@pytest.mark.parametrize("selector", [Threshold(), Relative(), TopK()])
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.9])
+def test_calibrated_cutoff_realises_the_sparsity(selector: object, sparsity: float) -> None:
+    assert isinstance(selector, Threshold | Relative | TopK)
+    x = torch.randn(500, 64) * torch.rand(64)
+    c = torch.rand(64) + 0.1
+    scale = selector.scale(x, 1 / c, sparsity)
+    scores = x.abs() * c
+    histogram = ScoreHistogram()
+    histogram.add(scores if scale is None else scores / scale[:, None])
+    t = selector.cutoff(histogram, sparsity) / c
+    keep = keep_mask(x, t, selector.scale(x, t if not isinstance(selector, TopK) else 1 / c, sparsity))
+    assert 1 - keep.double().mean() == pytest.approx(sparsity, abs=0.01)
+
+
+def test_relative_follows_the_size_of_a_token() -> None:
+    x = torch.randn(1, 64)
+    t = torch.full((64,), 0.7)
+    small, large = (keep_mask(y, t, Relative().scale(y, t, 0.5)) for y in (x, x * 100))
+    assert torch.equal(small, large)
+    assert not torch.equal(keep_mask(x, t), keep_mask(x * 100, t))
+
+
+def test_names() -> None:
+    assert set(SELECTORS) == {"threshold", "relative", "topk"}
+    assert isinstance(create(SELECTORS, "topk"), TopK)

@@ -1,0 +1,72 @@
+"""What the paper proves, checked against brute force (arXiv 2505.19427, Section 3)."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+from wina.criteria import CRITERIA
+from wina.kernels.reference import keep_mask
+from wina.registry import create
+from wina.selectors import TopK
+
+K, N, KEPT = 8, 12, 4
+DRAWS = 200
+
+
+def kept_set(criterion: str, weight: Tensor, x: Tensor) -> Tensor:
+    constants = create(CRITERIA, criterion).constants([weight], torch.Generator())
+    threshold = 1.0 / constants
+    sparsity = 1 - KEPT / x.shape[-1]
+    return keep_mask(x, threshold, TopK().scale(x, threshold, sparsity))
+
+
+def error(weight: Tensor, x: Tensor, keep: Tensor) -> float:
+    return float((weight @ (x * ~keep)).norm())
+
+
+def best_error(weight: Tensor, x: Tensor) -> float:
+    best = float("inf")
+    for kept in combinations(range(K), KEPT):
+        keep = torch.zeros(K, dtype=torch.bool)
+        keep[list(kept)] = True
+        best = min(best, error(weight, x, keep))
+    return best
+
+
+def column_orthogonal() -> Tensor:
+    """Orthogonal columns of very unequal length."""
+    q, _ = torch.linalg.qr(torch.randn(N, K, dtype=torch.float64))
+    return q * torch.exp(torch.randn(K, dtype=torch.float64))
+
+
+def test_wina_attains_the_optimum_for_orthogonal_columns() -> None:
+    for _ in range(DRAWS):
+        weight, x = column_orthogonal(), torch.randn(K, dtype=torch.float64)
+        keep = kept_set("l2-norm", weight, x)
+        assert keep.sum() == KEPT
+        assert error(weight, x, keep) <= best_error(weight, x) * (1 + 1e-9)
+
+
+def test_teal_does_not() -> None:
+    worse = 0
+    for _ in range(DRAWS):
+        weight, x = column_orthogonal(), torch.randn(K, dtype=torch.float64)
+        worse += error(weight, x, kept_set("magnitude", weight, x)) > 1.001 * best_error(weight, x)
+    assert worse > DRAWS / 2
+
+
+@pytest.mark.parametrize("kept", [0.35, 0.5, 0.75])
+def test_wina_beats_teal_on_heavy_tailed_column_norms(kept: float) -> None:
+    channels = 256
+    weight = torch.randn(128, channels, dtype=torch.float64)
+    weight *= torch.distributions.StudentT(2.0).sample((channels,)).abs().double()
+    x = torch.randn(500, channels, dtype=torch.float64)
+    errors = {}
+    for criterion in ("l2-norm", "magnitude", "random"):
+        constants = create(CRITERIA, criterion).constants([weight], torch.Generator())
+        threshold = 1.0 / constants
+        keep = keep_mask(x, threshold, TopK().scale(x, threshold, 1 - kept))
+        errors[criterion] = ((x * ~keep) @ weight.t()).norm(dim=-1).mean()
+    assert errors["l2-norm"] < errors["magnitude"] < errors["random"]
