@@ -48,7 +48,9 @@ def test_calibrated_cutoff_realises_the_sparsity(selector: object, sparsity: flo
     histogram = ScoreHistogram()
     histogram.add(scores if scale is None else scores / scale[:, None])
     t = selector.cutoff(histogram, sparsity) / c
-    keep = keep_mask(x, t, selector.scale(x, t if not isinstance(selector, TopK) else 1 / c, sparsity))
+    keep = keep_mask(
+        x, t, selector.scale(x, t if not isinstance(selector, TopK) else 1 / c, sparsity)
+    )
     assert 1 - keep.double().mean() == pytest.approx(sparsity, abs=0.01)
 
 

@@ -47,43 +47,16 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Tuning constants, measured on Zen 3 (2 cores).
-#ifndef WINA_GROUP
-#define WINA_GROUP 8
-#endif
-#ifndef WINA_TILE
-#define WINA_TILE 4096
-#endif
-#ifndef WINA_LEAD
-#define WINA_LEAD 8192
-#endif
-#ifndef WINA_HEAD
-#define WINA_HEAD 512
-#endif
-#ifndef WINA_SHORT
-#define WINA_SHORT 4096
-#endif
-#ifndef WINA_STEP
-#define WINA_STEP 64
-#endif
-#ifndef WINA_LOCALITY
-#define WINA_LOCALITY 3
-#endif
-#ifndef WINA_PAIRS
-#define WINA_PAIRS 2
-#endif
-#ifndef WINA_SERIAL
-#define WINA_SERIAL 32768
-#endif
-constexpr int kGroup = WINA_GROUP;           // kept rows that are read side by side
-constexpr int64_t kTile = WINA_TILE;         // float32 accumulators of one tile: 16 KiB of L1
-constexpr int64_t kLeadBytes = WINA_LEAD;    // how far ahead of the arithmetic to prefetch
-constexpr int64_t kHeadBytes = WINA_HEAD;    // of a long row, how much of its beginning
-constexpr int64_t kShortBytes = WINA_SHORT;  // a row shorter than this is prefetched as a whole
-constexpr int64_t kMaxLead = 128;            // the same in rows, and the padding of the row list
-constexpr int64_t kSerialBytes = WINA_SERIAL;  // a thread gets at least this much to read
-constexpr int64_t kMaxTokens = 16;           // above: a dense matmul of the masked input
-constexpr int64_t kLine = 64;                // bytes of a cache line
+// Tuning constants, measured on two Zen 3 cores (DDR4, about 30 GB/s).
+constexpr int kGroup = 8;                 // kept rows read side by side: streams for the prefetcher
+constexpr int64_t kTile = 4096;  // float32 accumulators of one tile: 16 KiB of L1
+constexpr int64_t kShortBytes = 4096;  // a slice shorter than this is prefetched as a whole,
+constexpr int64_t kHeadBytes = 512;  // of a longer one only the beginning
+constexpr int64_t kLeadBytes = 8192;  // how far ahead of the arithmetic to prefetch
+constexpr int64_t kMaxLead = 128;  // the same in rows, and the padding of the row list
+constexpr int64_t kSerialBytes = 32768;  // a thread gets at least this much to read
+constexpr int64_t kMaxTokens = 16;  // above: a dense matmul of the masked input
+constexpr int64_t kLine = 64;  // bytes of a cache line
 
 // ------------------------------------------------------------------------------------ vectors
 
@@ -240,7 +213,7 @@ inline void block(const Group<T>& g, int64_t n, int64_t ahead_n, float* acc,
       const char* ahead = reinterpret_cast<const char*>(g.ahead[r] + ahead_n);
       constexpr int64_t bytes = P * kStep * sizeof(T);
 #pragma GCC unroll 8
-      for (int64_t b = 0; b < bytes; b += WINA_STEP) __builtin_prefetch(ahead + b, 0, WINA_LOCALITY);
+      for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(ahead + b, 0, 3);
     }
     const T* row = g.row[r] + n;
     Pair w[P];
@@ -268,7 +241,7 @@ inline void block(const Group<T>& g, int64_t n, int64_t ahead_n, float* acc,
 template <class T, int TT, bool kPrefetch, bool kFull>
 void strip(const Group<T>& g, int64_t width, float* acc, int64_t acc_stride) {
   // 2 TT P accumulators, 2 P weights and a coefficient have to fit 16 vector registers.
-  constexpr int P = TT == 1 ? WINA_PAIRS : TT == 2 ? 2 : 1;
+  constexpr int P = TT <= 2 ? 2 : 1;
   // The hardware prefetcher follows a row once it has seen its first lines: the last kHeadBytes of
   // this group's rows are where to fetch the first ones of the rows to come. Prefetching a whole
   // long row in software costs more instructions than it saves.
@@ -296,8 +269,9 @@ template <class T, bool kPrefetch>
 void strip_tokens(const Group<T>& g, int tokens, int64_t width, float* acc, int64_t acc_stride) {
   switch (tokens) {
     case 1:
-      return g.stride == 1 && g.rows == kGroup ? strip<T, 1, kPrefetch, true>(g, width, acc, acc_stride)
-                                               : strip<T, 1, kPrefetch, false>(g, width, acc, acc_stride);
+      if (g.stride == 1 && g.rows == kGroup)  // decoding: the loop that matters
+        return strip<T, 1, kPrefetch, true>(g, width, acc, acc_stride);
+      return strip<T, 1, kPrefetch, false>(g, width, acc, acc_stride);
     case 2: return strip<T, 2, kPrefetch, false>(g, width, acc, acc_stride);
     case 3: return strip<T, 3, kPrefetch, false>(g, width, acc, acc_stride);
     default: return strip<T, 4, kPrefetch, false>(g, width, acc, acc_stride);

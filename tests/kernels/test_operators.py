@@ -179,9 +179,7 @@ def test_native_kernel_on_random_calls(T, K, N, sparsity, dtype, bias, scale, se
 @pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
 @pytest.mark.parametrize("T", [1, 4, 17])
 @pytest.mark.parametrize("shared", [True, False], ids=["one mask", "two masks"])
-def test_sparse_gate_up(
-    backend, activation: str, T: int, shared: bool, dtype: torch.dtype
-) -> None:
+def test_sparse_gate_up(backend, activation: str, T: int, shared: bool, dtype: torch.dtype) -> None:
     x, gate, gate_threshold = case(T, 192, 101, dtype, 0.5)
     _, up, up_threshold = case(T, 192, 101, dtype, 0.4, seed=1)
     gate, up = gate / 8, up / 8

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from wina.cli import app, main
+from wina.testing import tiny_model, tiny_tokenizer
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model with a byte tokenizer, saved as transformers saves one."""
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(path)  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def invoke(*arguments: str) -> str:
+    result = runner.invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[], ["demo"], ["demo-model"], ["calibrate"], ["inspect"], ["generate"], ["bench", "kernels"],
+     ["bench", "decode"], ["eval", "ppl"]],
+)  # fmt: skip
+def test_help(command: list[str]) -> None:
+    assert "Usage" in invoke(*command, "--help")
+
+
+def test_calibrate_inspect_generate(folder: str, tmp_path: Path) -> None:
+    plan = str(tmp_path / "plan")
+    said = invoke("calibrate", plan, "--model", folder, "--tokens", "1024", "--sparsity", "0.4")
+    assert "wina at 40%" in said
+    rows = json.loads(invoke("inspect", "--model", folder, "--plan", plan, "--json"))["rows"]
+    assert {row["sparsity"] for row in rows} == {0.4}
+    assert "q_proj" in invoke("inspect", "--model", folder)
+    text = invoke("generate", "Hello", "-m", folder, "--plan", plan, "--max-new-tokens", "5")
+    assert text.startswith("Hello")
+
+
+def test_eval_ppl(folder: str) -> None:
+    out = invoke(
+        "eval", "ppl", "--model", folder, "--sparsities", "0.5", "--tokens", "1024",
+        "--calibration-tokens", "1024",
+    )  # fmt: skip
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [row["method"] for row in rows] == ["dense", "teal", "wina"]
+    assert rows[0]["nats_over_dense"] == 0
+    assert all(0.4 < row["realised_bytes_sparsity"] < 0.6 for row in rows[1:])
+
+
+def test_demo(folder: str, tmp_path: Path) -> None:
+    picture = tmp_path / "demo.png"
+    out = invoke("demo", "--model", folder, "--sparsities", "0.5", "--picture", str(picture))
+    report = json.loads(out.splitlines()[-1])
+    assert [(r["method"], r["sparsity"]) for r in report["rows"]] == [
+        ("dense", 0.0), ("teal", 0.5), ("wina", 0.5),
+    ]  # fmt: skip
+    for row in report["rows"]:
+        assert row["perplexity"] > 1
+        assert row["tokens_per_s"] > 0
+        assert row["continuation"].startswith("The history of science is")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wina.bench.kernels.COLD_BYTES", 1 << 20)
+    out = invoke("bench", "kernels", "--shapes", "64x96", "--rounds", "2")
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [(r["dtype"], r["sparsity"]) for r in rows] == [
+        (d, s) for d in ("float32", "bfloat16") for s in (0.0, 0.5, 0.65)
+    ]
+    assert {r["kept"] for r in rows if r["sparsity"] == 0.5} == {48}
+
+
+def test_bench_decode(folder: str) -> None:
+    out = invoke("bench", "decode", "--model", folder, "--new-tokens", "6", "--rounds", "1")
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [row["method"] for row in rows] == ["dense", "wina"]
+    assert rows[1]["byte_ideal"] > 1
+    assert 0.2 < rows[1]["realised"] < 0.8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "ppl", "--methods", "winna"], "Did you mean 'wina'"),
+        (["calibrate", "out", "--sparsity", "1.5"], "sparsity is a share"),
+        (["bench", "decode"], "either --model or --shape"),
+        (["bench", "kernels", "--shapes", "64"], "N x K"),
+        (["demo", "--sparsities", "half"], "numbers separated by commas"),
+        (["inspect", "--plan", "/nowhere"], "no plan folder"),
+        (["calibrate", "out", "--text", "/nowhere"], "cannot read"),
+    ],
+)
+def test_errors_are_one_line(
+    folder: str, arguments: list[str], message: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if arguments[0] != "bench":
+        arguments = [*arguments, "--model", folder]
+    monkeypatch.setattr("sys.argv", ["wina", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_missing_model_folder(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.argv", ["wina", "inspect", "--model", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        main()
+    assert "cannot load" in capsys.readouterr().err
