@@ -105,7 +105,7 @@ def test_fused_experts_are_named() -> None:
             num_key_value_heads=2,
             vocab_size=64,
             num_local_experts=2,
-        )  # fmt: skip
+        )
     )
     with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp.* shape"):
         find_projections(mixtral)

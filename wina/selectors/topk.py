@@ -11,7 +11,7 @@ from wina.statistics import ScoreHistogram
 
 @SELECTORS.register("topk")
 class TopK(Selector):
-    """Keep the K − round(s·K) channels (at least one) with the largest |x_j|·c_j (WINA, arXiv 2505.19427).
+    """Keep the K − round(s·K) largest |x_j|·c_j, at least one (WINA, arXiv 2505.19427).
 
     The token's cut-off lies half way between the last score kept and the first one dropped, so
     that rounding in |x_j| ≤ cutoff/c_j cannot move a channel across it. Channels with equal
