@@ -125,7 +125,7 @@ def _digest(data: bytes) -> str:
 def _try_library(path: Path) -> str | None:
     """Load a shared object; None on success, else what the loader said."""
     try:
-        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         return str(error).splitlines()[0]
     return None if _registered() else f"{path} registered nothing"

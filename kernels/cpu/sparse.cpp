@@ -25,7 +25,6 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/silu.h>
-#include <ATen/ops/where.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -48,14 +47,20 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // Tuning constants, measured on two Zen 3 cores (DDR4, about 30 GB/s).
-constexpr int kGroup = 8;                 // kept rows read side by side: streams for the prefetcher
+constexpr int kGroup = 8;  // kept rows read side by side: streams for the prefetcher
 constexpr int64_t kTile = 4096;  // float32 accumulators of one tile: 16 KiB of L1
 constexpr int64_t kShortBytes = 4096;  // a slice shorter than this is prefetched as a whole,
 constexpr int64_t kHeadBytes = 512;  // of a longer one only the beginning
 constexpr int64_t kLeadBytes = 8192;  // how far ahead of the arithmetic to prefetch
 constexpr int64_t kMaxLead = 128;  // the same in rows, and the padding of the row list
 constexpr int64_t kSerialBytes = 32768;  // a thread gets at least this much to read
-constexpr int64_t kMaxTokens = 16;  // above: a dense matmul of the masked input
+constexpr int64_t kMaxTokens = 16;  // tokens of one pass over the weight
+// More tokens than these: a dense matmul of the masked input. 16-bit weights stay longer, since a
+// K-major 16-bit matmul is a hundred times slower than these kernels where oneDNN has no AVX-512,
+// and the way around it makes float32 copies.
+constexpr int64_t kMaxTokensFloat = 32;
+constexpr int64_t kMaxTokensHalf = 128;
+constexpr int64_t kCopyColumns = 1024;  // columns of a 16-bit weight copied at a time
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
 // ------------------------------------------------------------------------------------ vectors
@@ -441,7 +446,7 @@ void check_input(const char* op, const Tensor& x, bool weights_require_grad) {
 bool fast(const Tensor& x, int64_t tokens, int64_t N) {
   const auto dtype = x.scalar_type();
   return (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) && tokens > 0 &&
-      tokens <= kMaxTokens && x.size(-1) > 0 && N > 0;
+      tokens <= (dtype == at::kFloat ? kMaxTokensFloat : kMaxTokensHalf) && x.size(-1) > 0 && N > 0;
 }
 
 const float* data_or_null(const Tensor& t) {
@@ -463,52 +468,61 @@ KeptRows& kept_rows(int which) {
 }
 
 template <class T>
-void linear_fast(const Tensor& x, int tokens, const Projection& p, Tensor& y) {
+void linear_fast(const Tensor& x, int64_t all_tokens, const Projection& p, Tensor& y) {
   const int64_t K = p.weight.size(0), N = p.weight.size(1);
-  KeptRows& rows = kept_rows(0);
-  select_rows(rows, x.const_data_ptr<T>(), K, tokens, p.threshold.const_data_ptr<float>(),
-              data_or_null(p.scale));
-  const T* weight = p.weight.const_data_ptr<T>();
+  const float *threshold = p.threshold.const_data_ptr<float>(), *scale = data_or_null(p.scale);
+  const T *in = x.const_data_ptr<T>(), *weight = p.weight.const_data_ptr<T>();
   T* out = y.mutable_data_ptr<T>();
-  for_tiles<T>(N, tokens, rows.count * sizeof(T), [&](int64_t first, int64_t width) {
-    alignas(kLine) float acc[kTile];
-    accumulate(rows, tokens, weight, N, first, width, acc);
-    add_bias<T>(acc, tokens, width, p.bias, first);
-    for (int t = 0; t < tokens; ++t)
-      for (int64_t n = 0; n < width; ++n)
-        out[t * N + first + n] = static_cast<T>(acc[t * width + n]);
-  });
+  KeptRows& rows = kept_rows(0);
+  for (int64_t t0 = 0; t0 < all_tokens; t0 += kMaxTokens) {
+    const int tokens = static_cast<int>(std::min(kMaxTokens, all_tokens - t0));
+    select_rows(rows, in + t0 * K, K, tokens, threshold, scale ? scale + t0 : nullptr);
+    for_tiles<T>(N, tokens, rows.count * sizeof(T), [&](int64_t first, int64_t width) {
+      alignas(kLine) float acc[kTile];
+      accumulate(rows, tokens, weight, N, first, width, acc);
+      add_bias<T>(acc, tokens, width, p.bias, first);
+      for (int t = 0; t < tokens; ++t)
+        for (int64_t n = 0; n < width; ++n)
+          out[(t0 + t) * N + first + n] = static_cast<T>(acc[t * width + n]);
+    });
+  }
 }
 
 template <class T>
-void gate_up_fast(const Tensor& x, int tokens, const Projection& gate, const Projection& up,
-                  Activation activation, Tensor& h) {
+void gate_up_fast(const Tensor& x, int64_t all_tokens, const Projection& gate,
+                  const Projection& up, Activation activation, Tensor& h) {
   const int64_t K = gate.weight.size(0), N = gate.weight.size(1);
   const float* gate_threshold = gate.threshold.const_data_ptr<float>();
   const float* up_threshold = up.threshold.const_data_ptr<float>();
   const float *gate_scale = data_or_null(gate.scale), *up_scale = data_or_null(up.scale);
-  const T* in = x.const_data_ptr<T>();
-  KeptRows& gate_rows = kept_rows(0);
-  select_rows(gate_rows, in, K, tokens, gate_threshold, gate_scale);
   const bool shared = gate_threshold == up_threshold && gate_scale == up_scale;
-  KeptRows& up_rows = kept_rows(shared ? 0 : 1);
-  if (!shared) select_rows(up_rows, in, K, tokens, up_threshold, up_scale);
+  const T* in = x.const_data_ptr<T>();
   const T* gate_weight = gate.weight.const_data_ptr<T>();
   const T* up_weight = up.weight.const_data_ptr<T>();
   T* out = h.mutable_data_ptr<T>();
-  const int64_t bytes = (gate_rows.count + up_rows.count) * sizeof(T);
-  for_tiles<T>(N, tokens, bytes, [&](int64_t first, int64_t width) {
-    alignas(kLine) float g[kTile];
-    alignas(kLine) float u[kTile];
-    accumulate(gate_rows, tokens, gate_weight, N, first, width, g);
-    accumulate(up_rows, tokens, up_weight, N, first, width, u);
-    add_bias<T>(g, tokens, width, gate.bias, first);
-    add_bias<T>(u, tokens, width, up.bias, first);
-    activate(activation, g, tokens * width);
-    for (int t = 0; t < tokens; ++t)
-      for (int64_t n = 0; n < width; ++n)
-        out[t * N + first + n] = static_cast<T>(g[t * width + n] * u[t * width + n]);
-  });
+  KeptRows& gate_rows = kept_rows(0);
+  KeptRows& up_rows = kept_rows(shared ? 0 : 1);
+  for (int64_t t0 = 0; t0 < all_tokens; t0 += kMaxTokens) {
+    const int tokens = static_cast<int>(std::min(kMaxTokens, all_tokens - t0));
+    const auto select = [&](KeptRows& rows, const float* threshold, const float* scale) {
+      select_rows(rows, in + t0 * K, K, tokens, threshold, scale ? scale + t0 : nullptr);
+    };
+    select(gate_rows, gate_threshold, gate_scale);
+    if (!shared) select(up_rows, up_threshold, up_scale);
+    const int64_t bytes = (gate_rows.count + up_rows.count) * sizeof(T);
+    for_tiles<T>(N, tokens, bytes, [&](int64_t first, int64_t width) {
+      alignas(kLine) float g[kTile];
+      alignas(kLine) float u[kTile];
+      accumulate(gate_rows, tokens, gate_weight, N, first, width, g);
+      accumulate(up_rows, tokens, up_weight, N, first, width, u);
+      add_bias<T>(g, tokens, width, gate.bias, first);
+      add_bias<T>(u, tokens, width, up.bias, first);
+      activate(activation, g, tokens * width);
+      for (int t = 0; t < tokens; ++t)
+        for (int64_t n = 0; n < width; ++n)
+          out[(t0 + t) * N + first + n] = static_cast<T>(g[t * width + n] * u[t * width + n]);
+    });
+  }
 }
 
 // x with the dropped entries set to zero; x is [T, K].
@@ -519,10 +533,24 @@ Tensor masked(const Tensor& x, const Projection& p) {
   return x.masked_fill(drop, 0);
 }
 
-// Columns [first, first + width) of the projection in the accumulation dtype.
-Tensor wide_product(const Tensor& x, const Projection& p, at::ScalarType dtype, int64_t first,
-                    int64_t width) {
-  const Tensor w = p.weight.narrow(1, first, width).to(dtype);
+// Fills y [..., N] in blocks of columns with f(dtype, first, width), computed in the accumulation
+// dtype. The blocks bound the size of the float32 copies that 16-bit weights need.
+template <class F>
+void fill_blocks(Tensor& y, int64_t tokens, const F& f) {
+  const auto dtype = y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const int64_t N = y.size(-1);
+  const int64_t block = y.scalar_type() == dtype ? N : kCopyColumns;
+  Tensor flat = y.view({tokens, N});
+  for (int64_t n = 0; n < N; n += block) {
+    const int64_t width = std::min(block, N - n);
+    flat.narrow(1, n, width).copy_(f(dtype, n, width));
+  }
+}
+
+// Columns [first, first + width) of the projection in `dtype`.
+Tensor columns(const Tensor& masked_x, const Projection& p, at::ScalarType dtype, int64_t first,
+               int64_t width) {
+  const Tensor x = masked_x.to(dtype), w = p.weight.narrow(1, first, width).to(dtype);
   if (!p.bias.defined()) return at::mm(x, w);
   return at::addmm(p.bias.narrow(0, first, width).to(dtype), x, w);
 }
@@ -537,12 +565,15 @@ Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& thresh
   const int64_t N = weight.size(1);
   auto shape = x.sizes().vec();
   shape.back() = N;
+  Tensor y = at::empty(shape, x.options());
   if (!fast(x, tokens, N)) {
     const Tensor m = masked(x.reshape({tokens, K}), p);
-    return (p.bias.defined() ? at::addmm(p.bias, m, weight) : at::mm(m, weight)).view(shape);
+    fill_blocks(y, tokens, [&](at::ScalarType dtype, int64_t first, int64_t width) {
+      return columns(m, p, dtype, first, width);
+    });
+    return y;
   }
   const Tensor in = x.contiguous();
-  Tensor y = at::empty(shape, x.options());
   switch (x.scalar_type()) {
     case at::kBFloat16: linear_fast<at::BFloat16>(in, tokens, p, y); break;
     case at::kHalf: linear_fast<at::Half>(in, tokens, p, y); break;
@@ -570,17 +601,12 @@ Tensor sparse_gate_up(const Tensor& x, const Tensor& gate, const Tensor& up,
   shape.back() = N;
   Tensor h = at::empty(shape, x.options());
   if (!fast(x, tokens, N)) {
-    // Blocks of columns bound the size of the float32 copies that 16-bit weights need here.
-    const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     const Tensor flat = x.reshape({tokens, K});
-    const Tensor gate_in = masked(flat, g).to(dtype), up_in = masked(flat, u).to(dtype);
-    Tensor out = h.view({tokens, N});
-    const int64_t block = x.scalar_type() == dtype ? N : 1024;
-    for (int64_t n = 0; n < N; n += block) {
-      const int64_t width = std::min(block, N - n);
-      out.narrow(1, n, width).copy_(activate(activation, wide_product(gate_in, g, dtype, n, width))
-                                        .mul_(wide_product(up_in, u, dtype, n, width)));
-    }
+    const Tensor gate_in = masked(flat, g), up_in = masked(flat, u);
+    fill_blocks(h, tokens, [&](at::ScalarType dtype, int64_t first, int64_t width) {
+      return activate(activation, columns(gate_in, g, dtype, first, width))
+          .mul_(columns(up_in, u, dtype, first, width));
+    });
     return h;
   }
   const Tensor in = x.contiguous();
