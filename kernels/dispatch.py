@@ -29,9 +29,18 @@ class LayerSpec:
 
 
 class Backend(ABC):
-    """A kernel family. The two operators have the signatures of :mod:`wina.kernels.reference`."""
+    """A kernel family.
+
+    Attributes:
+        k_major: whether weights must lie K-major in memory. Every operator takes them as a
+            matrix [K, N]; a backend that is not ``k_major`` reads the transposed view of the
+            usual [N, K] layout.
+        sparse_linear, sparse_gate_up, dense_linear: as in :mod:`wina.kernels.reference`.
+    """
 
     name: str
+    k_major: bool
+    dense_linear: Callable[..., Tensor]
     sparse_linear: Callable[..., Tensor]
     sparse_gate_up: Callable[..., Tensor]
 
@@ -44,6 +53,8 @@ class CpuBackend(Backend):
     """Compiled kernels that read only the kept rows (``kernels/cpu``)."""
 
     name = "cpu"
+    k_major = True
+    dense_linear = staticmethod(cpu.dense_linear)
     sparse_linear = staticmethod(ops.sparse_linear)
     sparse_gate_up = staticmethod(ops.sparse_gate_up)
 
@@ -60,6 +71,8 @@ class ReferenceBackend(Backend):
     """Plain torch: masks x and multiplies densely. Right everywhere, faster nowhere."""
 
     name = "reference"
+    k_major = False
+    dense_linear = staticmethod(reference.dense_linear)
     sparse_linear = staticmethod(reference.sparse_linear)
     sparse_gate_up = staticmethod(reference.sparse_gate_up)
 

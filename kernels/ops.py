@@ -7,6 +7,8 @@ takes precedence. An operator has no backward: modules take the differentiable p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -123,5 +125,5 @@ _LIBRARY.impl("sparse_gate_up", _default_sparse_gate_up, "CompositeExplicitAutog
 torch.library.register_fake("wina::sparse_linear", _fake_sparse_linear, lib=_LIBRARY)
 torch.library.register_fake("wina::sparse_gate_up", _fake_sparse_gate_up, lib=_LIBRARY)
 
-sparse_linear = torch.ops.wina.sparse_linear.default
-sparse_gate_up = torch.ops.wina.sparse_gate_up.default
+sparse_linear: Callable[..., Tensor] = torch.ops.wina.sparse_linear.default
+sparse_gate_up: Callable[..., Tensor] = torch.ops.wina.sparse_gate_up.default

@@ -47,6 +47,11 @@ def mask_inputs(x: Tensor, threshold: Tensor, scale: Tensor | None = None) -> Te
     return torch.where(keep_mask(x, threshold, scale), x, 0.0)
 
 
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x·weight + bias for x [..., K], weight [K, N]: what a patched layer does when dense."""
+    return F.linear(x, weight.t(), bias)
+
+
 def sparse_linear(
     x: Tensor,
     weight: Tensor,

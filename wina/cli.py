@@ -195,12 +195,9 @@ def bench_kernels_command(
     from wina.bench.kernels import bench_kernels, print_kernels
     from wina.bench.shapes import PROJECTION_SHAPES
 
-    try:
-        pairs = [tuple(map(int, pair.split("x"))) for pair in _list(shapes)]
-    except ValueError:
-        raise WinaError(f"--shapes {shapes!r}: write N x K pairs as in 4096x4096") from None
+    pairs = [_shape(pair) for pair in _list(shapes)]
     rows = bench_kernels(
-        pairs or PROJECTION_SHAPES,  # type: ignore[arg-type]
+        pairs or PROJECTION_SHAPES,
         _list(dtypes), _numbers(sparsities), backend, rounds,
     )  # fmt: skip
     print_kernels(rows)
@@ -288,6 +285,13 @@ def eval_ppl(
         },
     )
     print_comparison(Path(_resolve(model)).name, rows, prefill)
+
+
+def _shape(pair: str) -> tuple[int, int]:
+    rows, x, columns = pair.partition("x")
+    if not (x and rows.isdigit() and columns.isdigit()):
+        raise WinaError(f"{pair!r} is no shape: write N x K as in 4096x4096")
+    return int(rows), int(columns)
 
 
 def _read(path: Path) -> str:

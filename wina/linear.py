@@ -82,34 +82,44 @@ class SparseLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [..., S, K] → [..., S, N]; a sequence of one token is a decode step."""
         start = self.control.first_sparse(x)
-        if start == 0 and not self._needs_gradient(x):
-            scale = self.scale(x)
-            if self.control.observer is not None:
-                self.control.observer(self.name, x, self.threshold, scale)
-            return self.choice.backend.sparse_linear(
-                x, self.weight.t(), self.threshold, self.bias, scale
-            )
-        return F.linear(self.masked(x, start), self.weight, self.bias)
+        if self._needs_gradient(x):
+            return F.linear(self.masked(x, start), self.weight, self.bias)
+        if start == 0:
+            return self._sparse(x)
+        if start >= x.shape[-2]:
+            return self._dense(x)
+        parts = [self._dense(x[..., :start, :]), self._sparse(x[..., start:, :])]
+        return torch.cat(parts, dim=-2)
 
     def scale(self, x: Tensor) -> Tensor | None:
-        """The selector's per-token factor for hidden states x."""
-        return self.selector.scale(x, self.threshold, self.sparsity)
+        """The selector's per-token factor for hidden states x, without gradient."""
+        with torch.no_grad():
+            return self.selector.scale(x, self.threshold, self.sparsity)
 
     def masked(self, x: Tensor, start: int) -> Tensor:
         """x [..., S, K] with the inactive channels of tokens from ``start`` on set to zero."""
         length = x.shape[-2] if x.dim() > 1 else 1
         if start >= length:
             return x
-        if start == 0:
-            return self._mask(x)
-        return torch.cat([x[..., :start, :], self._mask(x[..., start:, :])], dim=-2)
+        tokens = x if start == 0 else x[..., start:, :]
+        scale = self._observed_scale(tokens)
+        masked = mask_inputs(tokens, self.threshold, scale)
+        return masked if start == 0 else torch.cat([x[..., :start, :], masked], dim=-2)
 
-    def _mask(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            scale = self.scale(x)
+    def _sparse(self, x: Tensor) -> Tensor:
+        scale = self._observed_scale(x)
+        return self.choice.backend.sparse_linear(
+            x, self.weight.t(), self.threshold, self.bias, scale
+        )
+
+    def _dense(self, x: Tensor) -> Tensor:
+        return self.choice.backend.dense_linear(x, self.weight.t(), self.bias)
+
+    def _observed_scale(self, x: Tensor) -> Tensor | None:
+        scale = self.scale(x)
         if self.control.observer is not None:
             self.control.observer(self.name, x, self.threshold, scale)
-        return mask_inputs(x, self.threshold, scale)
+        return scale
 
     def _needs_gradient(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)

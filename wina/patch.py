@@ -167,8 +167,9 @@ def apply_plan(
             )  # fmt: skip
             weight = original.weight
             assert isinstance(weight, nn.Parameter)
-            patch.transposed.append(weight)
-            patch.layout.to_k_major(weight)
+            if sparse.choice.backend.k_major:
+                patch.transposed.append(weight)
+                patch.layout.to_k_major(weight)
             _replace(patch, parent, leaf, original, sparse)
         for name, found in gated.items():
             parent_name, _, leaf = name.rpartition(".")

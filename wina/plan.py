@@ -96,6 +96,9 @@ class SparsityPlan:
                 raise PlanError(
                     f"{name} has shape {tuple(module.weight.shape)}, in the plan it has {shape}"
                 )
+        for name, layer in self.layers.items():
+            module = model.get_submodule(name)
+            assert isinstance(module, nn.Linear)
             if not torch.allclose(
                 weight_sample(module.weight), layer.sample, rtol=_SAMPLE_RTOL, atol=1e-8
             ):

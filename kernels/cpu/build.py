@@ -27,6 +27,8 @@ from pathlib import Path
 
 import torch
 
+from wina.cache import cache_root
+
 __all__ = ["load"]
 
 SOURCE = Path(__file__).resolve().parent / "sparse.cpp"
@@ -39,6 +41,8 @@ COMPILE_FLAGS = (
     "-fvisibility=hidden",
     "-w",
 )
+TORCH = Path(torch.__file__).resolve().parent
+INCLUDE_PATHS = (str(TORCH / "include"), str(TORCH / "include/torch/csrc/api/include"))
 LINK_FLAGS = ("-shared", "-ltorch_cpu", "-lc10")
 TYPICAL_SECONDS = 12
 COMPILE_TIMEOUT = 600
@@ -188,16 +192,11 @@ def _cpu() -> str:
 
 def _cache_folder() -> Path | None:
     """The per-user cache, created if need be; None if it cannot be used safely."""
-    own, shared = os.environ.get("WINA_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        chosen = Path(own) if own else Path(shared or Path.home() / ".cache") / "wina"
-    except RuntimeError as error:  # no home directory
-        _log.info("no cache folder: %s; building in a temporary folder", error)
+    root = cache_root()
+    if root is None:
+        _log.info("no cache folder: building in a temporary folder")
         return None
-    if not chosen.is_absolute():  # it would depend on the current directory
-        _log.info("cache folder %s is not absolute: building in a temporary folder", chosen)
-        return None
-    folder = chosen / "cpu"
+    folder = root / "cpu"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
@@ -215,13 +214,10 @@ def _cache_folder() -> Path | None:
 
 
 def _build(compiler: str, output: Path) -> None:
-    # Imported here: cpp_extension pulls in setuptools, which a cached load does not need.
-    from torch.utils.cpp_extension import include_paths
-
     target = output.with_suffix(".o")
-    includes = [word for path in include_paths() for word in ("-isystem", path)]
+    includes = [word for path in INCLUDE_PATHS for word in ("-isystem", path)]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-    libraries = str(Path(torch.__file__).resolve().parent / "lib")
+    libraries = str(TORCH / "lib")
     extra = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     compile_command = [
         *(compiler, *COMPILE_FLAGS, *_machine_flags(), *_openmp_flags(compiler), abi, *includes),

@@ -421,12 +421,11 @@ Projection check(const char* op, const char* prefix, const Tensor& x, int64_t to
     p.bias = bias->contiguous();
   }
   if (scale.has_value() && scale->defined()) {
-    TORCH_CHECK(scale->dim() == 1 && scale->size(0) == tokens, name("scale"),
-                " must have shape [", tokens, "] (one entry for each token of x), got ",
-                scale->sizes());
+    TORCH_CHECK(scale->numel() == tokens, name("scale"), " must have ", tokens,
+                " entries (one for each token of x), got shape ", scale->sizes());
     TORCH_CHECK(scale->scalar_type() == at::kFloat, name("scale"), " must be float32, got ",
                 scale->scalar_type());
-    p.scale = scale->contiguous();
+    p.scale = scale->contiguous().view({tokens});
   }
   const auto on_cpu = [](const Tensor& t) { return !t.defined() || t.is_cpu(); };
   TORCH_CHECK(on_cpu(weight) && on_cpu(threshold) && on_cpu(p.bias) && on_cpu(p.scale), op,
