@@ -8,11 +8,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from wina.bench.cli import app as bench_app
+from wina.cli_options import (
+    Dtype,
+    Method,
+    Model,
+    Sparsity,
+    Trust,
+    load_model,
+    names,
+    numbers,
+    read_text,
+    resolve_model,
+)
 from wina.errors import WinaError
+from wina.eval.cli import app as eval_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,56 +35,8 @@ app = typer.Typer(
     epilog="Start with `wina demo`. Methods: dense, wina, teal, was, wisparse, random.",
     pretty_exceptions_enable=False,
 )
-bench_app = typer.Typer(no_args_is_help=True, help="Measure speed. Last stdout line: JSON.")
-eval_app = typer.Typer(no_args_is_help=True, help="Measure quality. Last stdout line: JSON.")
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
-
-Model = Annotated[
-    str,
-    typer.Option("--model", "-m", help="Folder or hub id; `demo` is the bundled demo model."),
-]
-Dtype = Annotated[
-    str, typer.Option(help="Weights as float32, bfloat16, float16, or `auto` (as saved).")
-]
-Method = Annotated[str, typer.Option(help="Which score decides: wina, teal, was, …")]
-Sparsity = Annotated[float, typer.Option(help="Share of input channels to drop, in [0, 1).")]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let the model folder run its own code.")
-]
-
-
-def _load(model: str, dtype: str = "auto", trust: bool = False) -> tuple[Any, Any]:
-    """(model, tokenizer), on the CPU or wherever transformers puts it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    path = _resolve(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise WinaError(f"cannot load {path}: {error}") from None
-    return loaded.eval(), tokenizer
-
-
-def _resolve(model: str) -> str:
-    from wina.demo_model import DEFAULT, DEMO_MODELS, demo_model_folder
-
-    name = DEFAULT if model == "demo" else model
-    return str(demo_model_folder(name)) if name in DEMO_MODELS else model
-
-
-def _list(values: str) -> list[str]:
-    return [value.strip() for value in values.split(",") if value.strip()]
-
-
-def _numbers(values: str) -> list[float]:
-    try:
-        return [float(value) for value in _list(values)]
-    except ValueError as error:
-        raise WinaError(f"expected numbers separated by commas: {error}") from None
 
 
 @app.command()
@@ -88,9 +54,9 @@ def demo(
     """
     from wina.demo import draw_demo, print_demo, run_demo
 
-    loaded, tokenizer = _load(model, dtype, trust_remote_code)
-    name = Path(_resolve(model)).name
-    report = run_demo(loaded, tokenizer, name, _list(methods), _numbers(sparsities))
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    name = Path(resolve_model(model)).name
+    report = run_demo(loaded, tokenizer, name, names(methods), numbers(sparsities))
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw_demo(report, picture)
     print_demo(report, picture)
@@ -130,8 +96,8 @@ def calibrate(
     config = wina.SparsityConfig(
         method=method, sparsity=sparsity, selector=selector, mask=mask, calibration_tokens=tokens
     )
-    loaded, tokenizer = _load(model, dtype, trust_remote_code)
-    texts = None if text is None else [_read(text)]
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    texts = None if text is None else [read_text(text)]
     plan = wina.calibrate(loaded, tokenizer, config, texts)
     plan.save(output)
     print(f"{output}: {method} at {sparsity:.0%}, realised {plan.realised:.3f} on calibration text")
@@ -149,7 +115,7 @@ def inspect(
 
     import wina
 
-    loaded, _ = _load(model, trust=trust_remote_code)
+    loaded, _ = load_model(model, trust=trust_remote_code)
     if plan is not None:
         wina.sparsify(loaded, wina.SparsityPlan.load(plan))
     found = wina.inspect(loaded)
@@ -173,7 +139,7 @@ def generate(
     import wina
 
     config = wina.SparsityConfig(method=method, sparsity=0.0 if method == "dense" else sparsity)
-    loaded, tokenizer = _load(model, dtype, trust_remote_code)
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     wina.sparsify(
         loaded, config if plan is None else wina.SparsityPlan.load(plan), tokenizer=tokenizer
     )
@@ -181,124 +147,6 @@ def generate(
     loaded.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=TextStreamer(tokenizer)
     )
-
-
-@bench_app.command("kernels")
-def bench_kernels_command(
-    shapes: Annotated[str, typer.Option(help="N×K pairs as in 4096x4096,14336x4096")] = "",
-    dtypes: Annotated[str, typer.Option(help="By commas.")] = "float32,bfloat16",
-    sparsities: Annotated[str, typer.Option(help="By commas.")] = "0,0.5,0.65",
-    backend: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 15,
-) -> None:
-    """Time the operators on cold weights against F.linear and a plain read of the same bytes."""
-    from wina.bench.kernels import bench_kernels, print_kernels
-    from wina.bench.shapes import PROJECTION_SHAPES
-
-    pairs = [_shape(pair) for pair in _list(shapes)]
-    rows = bench_kernels(
-        pairs or PROJECTION_SHAPES,
-        _list(dtypes), _numbers(sparsities), backend, rounds,
-    )  # fmt: skip
-    print_kernels(rows)
-
-
-@bench_app.command("decode")
-def bench_decode_command(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Folder, hub id or `demo`.")
-    ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="Random weights at a named shape: llama-3.2-1b, …")
-    ] = None,
-    methods: Annotated[str, typer.Option(help="By commas.")] = "wina",
-    sparsities: Annotated[str, typer.Option(help="By commas.")] = "0.5",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 48,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 4,
-) -> None:
-    """Time `model.generate`: dense transformers against the patched model, in turn."""
-    import torch
-
-    from wina.bench.decode import bench_decode, print_decode, random_model
-    from wina.config import SparsityConfig
-
-    if (model is None) == (shape is None):
-        raise WinaError("pass either --model or --shape")
-    tokenizer: Any = None
-    texts: Any = None
-    if shape is not None:
-        loaded: Any = random_model(shape, dtype)
-        generator = torch.Generator().manual_seed(1)
-        texts = torch.randint(0, loaded.config.vocab_size, (2048,), generator=generator)
-        prompt = texts[None, :16]
-    else:
-        assert model is not None
-        loaded, tokenizer = _load(model, dtype)
-        prompt = tokenizer("The history of science is", return_tensors="pt").input_ids
-    plans = [
-        SparsityConfig(method=m, sparsity=s, calibration_tokens=2048)
-        for m in _list(methods)
-        for s in _numbers(sparsities)
-    ]
-    rows = bench_decode(loaded, plans, prompt, texts, tokenizer, new_tokens, rounds)
-    print_decode(shape or Path(_resolve(str(model))).name, rows)
-
-
-@eval_app.command("ppl")
-def eval_ppl(
-    model: Model = "demo",
-    methods: Annotated[str, typer.Option(help="By commas.")] = "dense,teal,wina",
-    sparsities: Annotated[str, typer.Option(help="By commas.")] = "0.4,0.5,0.65",
-    text: Annotated[
-        Path | None, typer.Option(help="Text file to score; default: the bundled held-out text.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Score at most this many; 0: all.")] = 0,
-    window: Annotated[int, typer.Option(help="Tokens in one window.")] = 512,
-    selector: Annotated[str, typer.Option(help="threshold, relative or topk.")] = "threshold",
-    mask: Annotated[str, typer.Option(help="projection or group.")] = "projection",
-    statistics: Annotated[str, typer.Option(help="sequential or dense.")] = "sequential",
-    prefill: Annotated[str, typer.Option(help="all or last:<share>.")] = "all",
-    calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 8192,
-    dtype: Dtype = "auto",
-    trust_remote_code: Trust = False,
-) -> None:
-    """Perplexity of methods × sparsities on a text that calibration never saw."""
-    from wina.eval.perplexity import compare, print_comparison
-
-    loaded, tokenizer = _load(model, dtype, trust_remote_code)
-    texts = None if text is None else [_read(text)]
-    rows = compare(
-        loaded,
-        tokenizer,
-        _list(methods),
-        _numbers(sparsities),
-        texts=texts,
-        tokens=tokens or None,
-        window=window,
-        prefill=prefill,
-        settings={
-            "selector": selector,
-            "mask": mask,
-            "statistics": statistics,
-            "calibration_tokens": calibration_tokens,
-        },
-    )
-    print_comparison(Path(_resolve(model)).name, rows, prefill)
-
-
-def _shape(pair: str) -> tuple[int, int]:
-    rows, x, columns = pair.partition("x")
-    if not (x and rows.isdigit() and columns.isdigit()):
-        raise WinaError(f"{pair!r} is no shape: write N x K as in 4096x4096")
-    return int(rows), int(columns)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WinaError(f"cannot read {path}: {error}") from None
 
 
 def main() -> None:

@@ -1,0 +1,67 @@
+"""Options and readers that the commands of all areas share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wina.errors import WinaError
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="Folder or hub id; `demo` is the bundled demo model."),
+]
+Dtype = Annotated[
+    str, typer.Option(help="Weights as float32, bfloat16, float16, or `auto` (as saved).")
+]
+Method = Annotated[str, typer.Option(help="Which score decides: wina, teal, was, …")]
+Sparsity = Annotated[float, typer.Option(help="Share of input channels to drop, in [0, 1).")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let the model folder run its own code.")
+]
+
+
+def load_model(model: str, dtype: str = "auto", trust: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer), on the CPU or wherever transformers puts it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    path = resolve_model(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise WinaError(f"cannot load {path}: {error}") from None
+    return loaded.eval(), tokenizer
+
+
+def resolve_model(model: str) -> str:
+    """A folder or hub id; the names of demo models become their folders."""
+    from wina.demo_model import DEFAULT, DEMO_MODELS, demo_model_folder
+
+    name = DEFAULT if model == "demo" else model
+    return str(demo_model_folder(name)) if name in DEMO_MODELS else model
+
+
+def names(values: str) -> list[str]:
+    """Split at commas."""
+    return [value.strip() for value in values.split(",") if value.strip()]
+
+
+def numbers(values: str) -> list[float]:
+    """Split at commas and read as numbers."""
+    try:
+        return [float(value) for value in names(values)]
+    except ValueError as error:
+        raise WinaError(f"expected numbers separated by commas: {error}") from None
+
+
+def read_text(path: Path) -> str:
+    """A whole UTF-8 file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WinaError(f"cannot read {path}: {error}") from None
