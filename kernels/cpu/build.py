@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from wina.cache import cache_root
+from wina.progress import progress
 
 __all__ = ["load"]
 
@@ -89,7 +90,7 @@ def _load() -> str | None:
         return "native CPU kernels: Windows is not supported"
     source = SOURCE.read_bytes()
     compiler = _compiler()
-    key = _key(source, compiler)
+    key = _key(source)
     folder = _cache_folder()
     for cached in sorted(folder.glob(f"{key}-*.so")) if folder else []:
         # A truncated file would not fail in dlopen, it would crash: the name carries its digest.
@@ -166,7 +167,7 @@ def _openmp_flags(compiler: str) -> tuple[str, ...]:
     return ("-fopenmp",) if sys.platform == "linux" and _is_gcc(compiler) else ()
 
 
-def _key(source: bytes, compiler: str | None) -> str:
+def _key(source: bytes) -> str:
     parts = (
         repr((COMPILE_FLAGS, LINK_FLAGS)),
         str(torch.__version__),
@@ -175,7 +176,6 @@ def _key(source: bytes, compiler: str | None) -> str:
         sys.version,
         platform.platform(),
         _cpu(),
-        compiler or "",
     )
     return _digest(b"\0".join([source, *(part.encode() for part in parts)]))
 
@@ -256,18 +256,10 @@ def _run(
 
 @contextmanager
 def _announced() -> Iterator[None]:
-    """Say on stderr (if somebody watches) and in the log that a build is running."""
+    """Say on stderr and in the log that a build is running."""
     message = f"building native CPU kernels (once, about {TYPICAL_SECONDS} s)"
     _log.info("%s ...", message)
     start = time.monotonic()
-    if sys.stderr is not None and sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            progress.add_task(f"{message} ...", total=None)
-            yield
-    else:
+    with progress(message, 1):
         yield
     _log.info("built native CPU kernels in %.1f s", time.monotonic() - start)
