@@ -135,6 +135,12 @@ def compare(
         finally:
             restore(model)
         rows.append(_row(config.method, config.sparsity, scored, baseline))
+        if show_progress:
+            Console(stderr=True).print(
+                f"{config.method} at {config.sparsity:.0%}: perplexity {scored.perplexity:.3f}, "
+                f"realised {scored.realised:.4f}",
+                highlight=False,
+            )
     return rows
 
 
