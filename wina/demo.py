@@ -31,9 +31,9 @@ def run_demo(
     name: str,
     methods: Sequence[str] = ("teal", "wina"),
     sparsities: Sequence[float] = (0.4, 0.5),
-    tokens: int = 4096,
+    tokens: int = 6144,
     new_tokens: int = 40,
-    rounds: int = 3,
+    rounds: int = 5,
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """Measure dense and every method × sparsity: perplexity, realised sparsity, decode speed.
@@ -44,7 +44,7 @@ def run_demo(
         name: for the report.
         methods: names of :data:`wina.methods.METHODS`.
         sparsities: shares of input channels to drop.
-        tokens: of held-out text to score, and of calibration text to read.
+        tokens: of held-out text to score.
         new_tokens: length of each continuation.
         rounds: of timing, dense and sparse in turn.
         show_progress: draw progress bars on stderr.
@@ -68,7 +68,7 @@ def run_demo(
     sparse = copy.deepcopy(model)
     for method in methods:
         for sparsity in sparsities:
-            config = SparsityConfig(method=method, sparsity=sparsity, calibration_tokens=tokens)
+            config = SparsityConfig(method=method, sparsity=sparsity, calibration_tokens=4096)
             sparsify(sparse, config, tokenizer=tokenizer, show_progress=show_progress)
             label = f"{method} at {sparsity:.0%}"
             scored = perplexity(

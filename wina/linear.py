@@ -83,7 +83,9 @@ class SparseLinear(nn.Linear):
         """Hidden states [..., S, K] → [..., S, N]; a sequence of one token is a decode step."""
         start = self.control.first_sparse(x)
         if self._needs_gradient(x):
-            return F.linear(self.masked(x, start), self.weight, self.bias)
+            # A row-major copy of the weight: torch's 16-bit products of the K-major layout, and
+            # their gradients, are many times slower on a CPU without 16-bit instructions.
+            return F.linear(self.masked(x, start), self.weight.contiguous(), self.bias)
         if start == 0:
             return self._sparse(x)
         if start >= x.shape[-2]:
