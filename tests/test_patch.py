@@ -176,6 +176,23 @@ def test_cast_after_patching_keeps_thresholds_exact(llama: nn.Module, tokens: Te
     assert all(p.is_contiguous() for p in llama.parameters())
 
 
+def test_cast_to_a_dtype_with_another_backend(tokens: Tensor) -> None:
+    model = tiny_model("llama", torch.float64)
+    wina.sparsify(model, plan_for(model))
+    model.to(torch.float32)
+    row = wina.inspect(model).rows[0]
+    assert (row.backend, row.reason.partition(";")[0]) == (
+        "reference", "cpu: the weight is row-major",
+    )  # fmt: skip
+    assert decode_logits(model, tokens).isfinite().all()
+    wina.restore(model)
+    wina.sparsify(model, plan_for(model), backend="cpu")
+    assert wina.inspect(model).rows[0].backend == "cpu"
+    model.to(torch.float64)
+    assert wina.inspect(model).rows[0].backend == "reference"
+    assert decode_logits(model, tokens).isfinite().all()
+
+
 def test_gradients_flow_through_the_masked_dense_product(llama: nn.Module, tokens: Tensor) -> None:
     wina.sparsify(llama, plan_for(llama), prefill="all")
     llama.train()
@@ -209,6 +226,8 @@ def test_zero_size_inputs(llama: nn.Module) -> None:
         assert layer(torch.empty(0, 1, 64)).shape == (0, 1, 96)
         assert layer(torch.empty(2, 0, 64)).shape == (2, 0, 96)
         assert layer(torch.randn(64)).shape == (96,)
+        with wina.dense(llama):
+            assert layer(torch.randn(64)).shape == (96,)
         mlp = llama.model.layers[0].mlp  # type: ignore
         assert mlp(torch.empty(0, 1, 64)).shape == (0, 1, 64)
 

@@ -33,8 +33,13 @@ class Control:
 
     def first_sparse(self, x: Tensor) -> int:
         """Index, along the sequence, of the first sparse token of hidden states [..., S, K]."""
-        length = x.shape[-2] if x.dim() > 1 else 1
+        length = sequence_length(x)
         return self.prefill.start(length) if self.enabled else length
+
+
+def sequence_length(x: Tensor) -> int:
+    """S of hidden states [..., S, K]; a single vector [K] is a sequence of one token."""
+    return x.shape[-2] if x.dim() > 1 else 1
 
 
 class SparseLinear(nn.Linear):
@@ -71,13 +76,10 @@ class SparseLinear(nn.Linear):
         self.register_buffer(
             "threshold", threshold.to(self.weight.device, torch.float32), persistent=False
         )
-        self.choice = self._choose()
+        self.choice = choose(self._layer(), control.backend)
 
-    def _choose(self) -> Choice:
-        layer = LayerSpec(
-            self.weight.device, self.weight.dtype, self.in_features, self.out_features
-        )
-        return choose(layer, self.control.backend)
+    def _layer(self) -> LayerSpec:
+        return LayerSpec(self.weight.device, self.weight.dtype, self.in_features, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [..., S, K] → [..., S, N]; a sequence of one token is a decode step."""
@@ -88,23 +90,22 @@ class SparseLinear(nn.Linear):
             return F.linear(self.masked(x, start), self.weight.contiguous(), self.bias)
         if start == 0:
             return self._sparse(x)
-        if start >= x.shape[-2]:
+        if start >= sequence_length(x):
             return self._dense(x)
         parts = [self._dense(x[..., :start, :]), self._sparse(x[..., start:, :])]
         return torch.cat(parts, dim=-2)
 
     def scale(self, x: Tensor) -> Tensor | None:
-        """The selector's per-token factor for hidden states x, without gradient."""
-        with torch.no_grad():
-            return self.selector.scale(x, self.threshold, self.sparsity)
+        """The selector's per-token factor for hidden states x."""
+        return self.selector.scale(x, self.threshold, self.sparsity)
 
     def masked(self, x: Tensor, start: int) -> Tensor:
         """x [..., S, K] with the inactive channels of tokens from ``start`` on set to zero."""
-        length = x.shape[-2] if x.dim() > 1 else 1
-        if start >= length:
+        if start >= sequence_length(x):
             return x
         tokens = x if start == 0 else x[..., start:, :]
-        scale = self._observed_scale(tokens)
+        with torch.no_grad():  # the mask is a constant of the gradient
+            scale = self._observed_scale(tokens)
         masked = mask_inputs(tokens, self.threshold, scale)
         return masked if start == 0 else torch.cat([x[..., :start, :], masked], dim=-2)
 
@@ -131,8 +132,16 @@ class SparseLinear(nn.Linear):
         threshold = self.threshold
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.threshold = threshold.to(self.threshold.device)
-        self.choice = self._choose()
+        self.choice = self._choose_again()
         return self
+
+    def _choose_again(self) -> Choice:
+        """The backend after a move or a cast: the weight keeps the layout it was patched with."""
+        choice = choose(self._layer())
+        if choice.backend.k_major and not self.weight.t().is_contiguous():
+            reason = f"{choice.backend.name}: the weight is row-major; restore and sparsify again"
+            return Choice(choose(self._layer(), "reference").backend, reason)
+        return choice
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
