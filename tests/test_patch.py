@@ -295,20 +295,27 @@ class Interrupt(BaseException):
     """Like Ctrl-C."""
 
 
-def count_calls(monkeypatch: pytest.MonkeyPatch, target: object, name: str, fail_at: int) -> None:
+def interrupt(
+    monkeypatch: pytest.MonkeyPatch, target: object, name: str, fail_at: int, late: bool = False
+) -> None:
+    """Let one call be interrupted: before its work, or ``late``, just after it."""
     real = getattr(target, name)
     calls = iter(range(10**6))
 
     def failing(*args: object, **kwargs: object) -> object:
-        if next(calls) == fail_at:
+        hit = next(calls) == fail_at
+        if hit and not late:
             raise Interrupt
-        return real(*args, **kwargs)
+        result = real(*args, **kwargs)
+        if hit:
+            raise Interrupt
+        return result
 
     monkeypatch.setattr(target, name, failing)
 
 
 @pytest.mark.parametrize("fail_at", [0, 1, 5, 13])
-@pytest.mark.parametrize("step", ["layout", "copy", "module", "mlp"])
+@pytest.mark.parametrize("step", ["layout", "copy", "copied", "module", "mlp"])
 def test_interrupted_patching_leaves_the_model_whole(
     llama: nn.Module, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, step: str, fail_at: int
 ) -> None:
@@ -317,13 +324,14 @@ def test_interrupted_patching_leaves_the_model_whole(
     target, name = {
         "layout": (Layout, "to_k_major"),
         "copy": (Tensor, "copy_"),
+        "copied": (Tensor, "copy_"),
         "module": (SparseLinear, "__init__"),
         "mlp": (SparseGatedMLP, "__init__"),
     }[step]
     if step == "mlp":
         fail_at %= 2
     with monkeypatch.context() as patched:
-        count_calls(patched, target, name, fail_at)
+        interrupt(patched, target, name, fail_at, late=step == "copied")
         with pytest.raises(Interrupt):
             wina.sparsify(llama, plan)
     assert not is_patched(llama)
@@ -332,13 +340,14 @@ def test_interrupted_patching_leaves_the_model_whole(
 
 
 @pytest.mark.parametrize("fail_at", [0, 3, 13])
+@pytest.mark.parametrize("late", [False, True])
 def test_interrupted_restore_can_be_finished(
-    llama: nn.Module, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, fail_at: int
+    llama: nn.Module, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, fail_at: int, late: bool
 ) -> None:
     dense = logits(llama, tokens)
     wina.sparsify(llama, plan_for(llama))
     with monkeypatch.context() as patched:
-        count_calls(patched, Tensor, "copy_", fail_at)
+        interrupt(patched, Tensor, "copy_", fail_at, late)
         with pytest.raises(Interrupt):
             wina.restore(llama)
     wina.restore(llama)
