@@ -7,8 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from wina.cli_options import load_model, names, numbers, resolve_model
+from wina.cli_options import Trust, load_model, names, numbers, resolve_model
 from wina.errors import WinaError
+
+Output = Annotated[Path | None, typer.Option(help="JSON file to save the run to.")]
+Compare = Annotated[Path | None, typer.Option(help="Saved run to compare with.")]
+Against = Annotated[
+    str | None, typer.Option(help="Git ref to measure with the same arguments and compare with.")
+]
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed. Last stdout line: JSON.")
 
@@ -31,6 +37,93 @@ def bench_kernels_command(
         names(dtypes), numbers(sparsities), backend, rounds,
     )  # fmt: skip
     print_kernels(rows)
+
+
+@app.command("roofline")
+def roofline_command(
+    model: Annotated[
+        str, typer.Argument(help="Named shape, folder or hub id; only its config is read.")
+    ],
+    sparsities: Annotated[str, typer.Option(help="By commas.")] = "0.25,0.4,0.5,0.65",
+    device: Annotated[
+        str | None, typer.Option(help="h100, h200, a100, rtx-4090, …; `cpu` is measured here.")
+    ] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="GB/s, instead of a device's.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of weights: bfloat16, float32, float16, int8, int4.")
+    ] = "bfloat16",
+    batch: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 1,
+    context: Annotated[int, typer.Option(help="Cached tokens of each sequence.")] = 0,
+    rotation: Annotated[bool, typer.Option(help="Count WINA's rotated model.")] = False,
+    rank: Annotated[int, typer.Option(help="Of a low-rank correction.")] = 0,
+    bias: Annotated[bool, typer.Option(help="Count a correcting bias.")] = False,
+    efficiency: Annotated[
+        float, typer.Option(help="Share of the bandwidth that kernels reach.")
+    ] = 1.0,
+    dense_tokens_per_s: Annotated[
+        float | None, typer.Option(help="Measured dense speed: sets the time that is not bytes.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG to draw.")] = None,
+    output: Output = None,
+    compare: Compare = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Count bytes and multiply-adds of a decoded token; predict tokens/s from the bandwidth.
+
+    Reads a config, never weights: 70B and mixture-of-experts models work on paper.
+    """
+    from wina.bench.devices import device_for
+    from wina.bench.plot import draw
+    from wina.bench.roofline import ITEMSIZE, Load, overhead_for, roofline
+    from wina.bench.runs import document
+    from wina.bench.shapes import load_config
+    from wina.bench.structure import meta_model, structure_of
+    from wina.bench.tables import kinds_table, publish
+    from wina.bench.timing import FULL
+
+    if dtype not in ITEMSIZE:
+        raise WinaError(f"unknown dtype {dtype!r}. Known: {', '.join(ITEMSIZE)}.")
+    structure = structure_of(meta_model(load_config(model, trust_remote_code)))
+    card = device_for(device, bandwidth, FULL.cold_bytes)
+    load = Load(
+        batch=batch, context=context, itemsize=ITEMSIZE[dtype],
+        cache_itemsize=max(2.0, ITEMSIZE[dtype]), rotation=rotation, rank=rank, bias=bias,
+    )  # fmt: skip
+    overhead = (
+        overhead_for(structure, card, load, dense_tokens_per_s) if dense_tokens_per_s else 0.0
+    )
+    rows = roofline(structure, card, numbers(sparsities), load, overhead, efficiency)
+    for row in rows:
+        row.update(batch=batch, context=context)
+    name = Path(model).name
+    run = document(
+        "roofline",
+        f"{name}, {dtype}, batch {batch}, context {context}: roofline on {card.name} "
+        f"({card.bandwidth_gb_s:,.0f} GB/s, {card.source})",
+        rows,
+        {"dtype": dtype, "rotation": rotation, "rank": rank, "bias": bias,
+         "efficiency": efficiency, "overhead_ms": overhead * 1e3},
+        model=name,
+        device=vars(card),
+    )  # fmt: skip
+    if picture is not None:
+        draw([run], picture)
+    publish(run, [kinds_table(rows)], output, compare)
+
+
+@app.command("plot")
+def plot_command(
+    files: Annotated[list[Path], typer.Argument(help="Runs saved with --output.")],
+    picture: Annotated[Path, typer.Option("--output", "-o", help="PNG to draw.")] = Path(
+        "out/bench.png"
+    ),
+) -> None:
+    """Draw saved runs of one bench: speed-up against sparsity, tokens/s, bytes by kind."""
+    from wina.bench.plot import draw
+    from wina.bench.runs import load
+
+    draw([load(file) for file in files], picture)
+    print(picture)
 
 
 @app.command("decode")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from wina.api import sparsify
 from wina.bench.kernels import DTYPES
 from wina.bench.machine import machine_card
-from wina.bench.shapes import SHAPES
+from wina.bench.shapes import shape_config
 from wina.bench.timing import interleave, ratio
 from wina.config import SparsityConfig
 from wina.inspection import measure_sparsity
@@ -82,8 +82,7 @@ def random_model(shape: str, dtype: str) -> nn.Module:
     """A model of a named shape with random weights."""
     import transformers
 
-    model_type, settings = SHAPES[shape]
-    config = transformers.AutoConfig.for_model(model_type, **settings)
+    config = shape_config(shape)
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[dtype])
     try:
