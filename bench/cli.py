@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wina.cli_options import Trust, load_model, names, numbers, resolve_model
 from wina.errors import WinaError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from wina.bench.timing import Effort
 
 Output = Annotated[Path | None, typer.Option(help="JSON file to save the run to.")]
 Compare = Annotated[Path | None, typer.Option(help="Saved run to compare with.")]
@@ -16,27 +24,57 @@ Against = Annotated[
     str | None, typer.Option(help="Git ref to measure with the same arguments and compare with.")
 ]
 
+# Options that make no sense while another git ref is measured.
+HERE_ONLY = ("--output", "--compare", "--against", "--picture")
+Picture = Annotated[Path | None, typer.Option(help="PNG to draw.")]
+Quick = Annotated[bool, typer.Option(help="Show that it runs, in seconds; no claim is made.")]
+Rounds = Annotated[int | None, typer.Option(help="Interleaved rounds.")]
+
 app = typer.Typer(no_args_is_help=True, help="Measure speed. Last stdout line: JSON.")
 
 
 @app.command("kernels")
-def bench_kernels_command(
+def kernels_command(
     shapes: Annotated[str, typer.Option(help="N×K pairs as in 4096x4096,14336x4096")] = "",
+    model_shape: Annotated[
+        str, typer.Option(help="Projections of named models, by commas: llama-3-8b,…")
+    ] = "",
+    operators: Annotated[
+        str, typer.Option(help="sparse_linear, sparse_gate_up.")
+    ] = "sparse_linear",
     dtypes: Annotated[str, typer.Option(help="By commas.")] = "float32,bfloat16",
     sparsities: Annotated[str, typer.Option(help="By commas.")] = "0,0.5,0.65",
-    backend: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 15,
+    tokens: Annotated[str, typer.Option(help="Decoded at once, by commas: 1,2,4,8,16.")] = "1",
+    backend: Annotated[
+        str, typer.Option(help="`auto`, `all` that accept, or names by commas.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    rounds: Rounds = None,
+    quick: Quick = False,
+    picture: Picture = None,
+    output: Output = None,
+    compare: Compare = None,
+    against: Against = None,
 ) -> None:
     """Time the operators on cold weights against F.linear and a plain read of the same bytes."""
-    from wina.bench.kernels import bench_kernels, print_kernels
-    from wina.bench.shapes import PROJECTION_SHAPES
+    from wina.bench.kernels import Grid, bench_kernels
+    from wina.bench.shapes import PROJECTION_SHAPES, QUICK_SHAPES, shapes_of
+    from wina.bench.timing import noise_warnings
 
     pairs = [_shape(pair) for pair in names(shapes)]
-    rows = bench_kernels(
-        pairs or PROJECTION_SHAPES,
-        names(dtypes), numbers(sparsities), backend, rounds,
+    pairs += [pair for name in names(model_shape) for pair in shapes_of(name)]
+    grid = Grid(
+        tuple(dict.fromkeys(pairs)) or (QUICK_SHAPES if quick else PROJECTION_SHAPES),
+        names(operators), names(backend), names(dtypes), numbers(sparsities),
+        [int(t) for t in numbers(tokens)], device,
     )  # fmt: skip
-    print_kernels(rows)
+    effort = _effort(quick, rounds)
+    rows, refusals = bench_kernels(grid, effort)
+    warnings = noise_warnings(rows, ("operator", "backend", "shape", "dtype", "sparsity"))
+    run = _document(
+        "kernels", f"{device}, cold weights", rows, vars(grid), warnings, effort, refusals=refusals
+    )
+    _finish(run, picture, output, compare, against)
 
 
 @app.command("roofline")
@@ -63,7 +101,7 @@ def roofline_command(
     dense_tokens_per_s: Annotated[
         float | None, typer.Option(help="Measured dense speed: sets the time that is not bytes.")
     ] = None,
-    picture: Annotated[Path | None, typer.Option(help="PNG to draw.")] = None,
+    picture: Picture = None,
     output: Output = None,
     compare: Compare = None,
     trust_remote_code: Trust = False,
@@ -73,12 +111,11 @@ def roofline_command(
     Reads a config, never weights: 70B and mixture-of-experts models work on paper.
     """
     from wina.bench.devices import device_for
-    from wina.bench.plot import draw
     from wina.bench.roofline import ITEMSIZE, Load, overhead_for, roofline
     from wina.bench.runs import document
     from wina.bench.shapes import load_config
     from wina.bench.structure import meta_model, structure_of
-    from wina.bench.tables import kinds_table, publish
+    from wina.bench.tables import kinds_table
     from wina.bench.timing import FULL
 
     if dtype not in ITEMSIZE:
@@ -106,9 +143,7 @@ def roofline_command(
         model=name,
         device=vars(card),
     )  # fmt: skip
-    if picture is not None:
-        draw([run], picture)
-    publish(run, [kinds_table(rows)], output, compare)
+    _finish(run, picture, output, compare, None, [kinds_table(rows)])
 
 
 @app.command("plot")
@@ -166,6 +201,55 @@ def bench_decode_command(
     ]
     rows = bench_decode(loaded, plans, prompt, texts, tokenizer, new_tokens, rounds)
     print_decode(shape or Path(resolve_model(str(model))).name, rows)
+
+
+def _effort(quick: bool, rounds: int | None) -> Effort:
+    from wina.bench.timing import FULL, QUICK
+
+    effort = QUICK if quick else FULL
+    if rounds is None:
+        return effort
+    if rounds < 1:
+        raise WinaError(f"rounds are counted from 1, not {rounds}")
+    return replace(effort, rounds=rounds)
+
+
+def _document(
+    bench: str, title: str, rows: list[dict[str, Any]], arguments: Mapping[str, Any],
+    warnings: list[str], effort: Effort, **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    from wina.bench.runs import document
+
+    settings = {**arguments, "rounds": effort.rounds, "quick": not effort.claims}
+    return document(bench, title, rows, settings, warnings, **more)
+
+
+def _finish(
+    run: dict[str, Any], picture: Path | None, output: Path | None, compare: Path | None,
+    against: str | None = None, tables: Sequence[Table] = (),
+) -> None:  # fmt: skip
+    """Draw, show, compare and save a run."""
+    from wina.bench.plot import draw
+    from wina.bench.tables import publish
+
+    if picture is not None:
+        draw([run], picture)
+    publish(run, tables, output, compare, against, without_options(sys.argv[1:], HERE_ONLY))
+
+
+def without_options(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """A command line without some options and their values."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if skip:
+            skip = False
+        elif name in options:
+            skip = not equals
+        else:
+            kept.append(argument)
+    return kept
 
 
 def _shape(pair: str) -> tuple[int, int]:

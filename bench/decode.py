@@ -14,8 +14,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from wina.api import sparsify
-from wina.bench.kernels import DTYPES
 from wina.bench.machine import machine_card
+from wina.bench.operators import DTYPES
 from wina.bench.shapes import shape_config
 from wina.bench.timing import interleave, ratio
 from wina.config import SparsityConfig

@@ -56,13 +56,15 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
 def _draw_roofline(runs: Sequence[Mapping[str, Any]]) -> Any:
     from matplotlib import pyplot as plt
 
-    figure, (stack, speed) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    figure, (stack, speed) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
     wide = len(runs) > 1
     bars = [(run, row) for run in runs for row in run["rows"]]
     bottom = [0.0] * len(bars)
+    totals = [row["total_bytes"] / 1e9 for _, row in bars]
     for kind in KINDS:
         heights = [row["bytes"].get(kind, 0.0) / 1e9 for _, row in bars]
-        if any(heights):
+        # What cannot be seen in a bar would only fill the legend; the table has it.
+        if any(h > 1e-3 * t for h, t in zip(heights, totals, strict=True)):
             stack.bar(range(len(bars)), heights, bottom=bottom, label=kind, width=0.75,
                       color=KIND_COLOURS[kind])  # fmt: skip
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
@@ -72,12 +74,12 @@ def _draw_roofline(runs: Sequence[Mapping[str, Any]]) -> Any:
     stack.set_xticks(range(len(bars)), names, rotation=45 if wide else 0,
                      ha="right" if wide else "center")  # fmt: skip
     for index, (total, (_, row)) in enumerate(zip(bottom, bars, strict=True)):
-        stack.annotate(f"{row['tokens_per_s']:.3g} tok/s", (index, total), ha="center",
-                       va="bottom", fontsize=8)  # fmt: skip
+        speed_text = f"{row['tokens_per_s']:,.{0 if row['tokens_per_s'] >= 100 else 1}f} tok/s"
+        stack.annotate(speed_text, (index, total), ha="center", va="bottom", fontsize=8)
     stack.set_ylabel("GB read by one decode step")
-    stack.margins(y=0.08)
-    stack.legend(fontsize=8, reverse=True)
-    stack.set_title("where the bytes are")
+    stack.set_ylim(0, 1.08 * max(bottom))
+    stack.legend(fontsize=8, reverse=True, loc="center left", bbox_to_anchor=(1.01, 0.5),
+                 frameon=False)  # fmt: skip
     for run, marker in zip(runs, _cycle(_MARKERS), strict=False):
         rows = run["rows"]
         x = [100 * row["sparsity"] for row in rows]
@@ -195,7 +197,8 @@ def _bar_name(row: Mapping[str, Any]) -> str:
 
 def _plot_limit(axes: Any, x: Iterable[float]) -> None:
     """1/(1 − s): nothing but the projections' weights."""
-    points = [p for p in x if p < 100]
+    last = min(95, int(max(x, default=0)))
+    points = range(last + 1)
     axes.plot(points, [100 / (100 - p) for p in points], color="0.4", linestyle="--",
               label="1/(1−s)")  # fmt: skip
 

@@ -101,6 +101,8 @@ PROJECTION_SHAPES: tuple[tuple[int, int], ...] = (
     (14336, 4096),
     (4096, 14336),
 )
+# For `--quick`: odd on purpose.
+QUICK_SHAPES: tuple[tuple[int, int], ...] = ((192, 576), (95, 63))
 
 
 def shape_config(name: str) -> Any:

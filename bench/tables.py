@@ -14,7 +14,7 @@ from rich.table import Table
 from wina.bench.runs import KINDS, compare_runs, different_machines, load, run_at, save
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
-WIDTH = 150
+WIDTH = 160
 
 
 def _times(field: str) -> Callable[[Mapping[str, Any]], str]:
@@ -33,9 +33,13 @@ def _interval(row: Mapping[str, Any]) -> str:
     return "" if row.get("low") is None else f"{row['low']:.2f}–{row['high']:.2f}"
 
 
+def _verdict(row: Mapping[str, Any]) -> str:
+    return str(row["verdict"]).partition(" for")[0].partition(":")[0]
+
+
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "kernels": (
-        ("operator", _text("operator")),
+        ("operator", lambda row: str(row["operator"]).removeprefix("sparse_")),
         ("backend", _text("backend")),
         ("dtype", _text("dtype")),
         ("[N, K]", lambda row: "×".join(map(str, row["shape"]))),
@@ -49,8 +53,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("95 %", _interval),
         ("even at s", _number("break_even_sparsity", ".2f")),
         ("to tokens", lambda row: str(row["break_even_tokens"] or "")),
-        ("spread", _number("spread", ".0%")),
-        ("verdict", lambda row: str(row["verdict"]).partition(" for")[0]),
+        ("verdict", _verdict),
     ),
     "decode": (
         ("engine", _text("engine")),
@@ -69,7 +72,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("vs best", _times("speedup_vs_best_dense")),
         ("ideal", _times("byte_ideal")),
         ("GiB", _number("memory_gib", ".2f")),
-        ("verdict", lambda row: str(row["verdict"]).partition(" for")[0]),
+        ("verdict", _verdict),
     ),
     "roofline": (
         ("sparsity", _number("sparsity", ".2f")),
@@ -92,7 +95,7 @@ def table_of(run: Mapping[str, Any]) -> Table:
     table = Table(title=str(run["title"]))
     columns = COLUMNS[str(run["bench"])]
     for name, _ in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for row in run["rows"]:
         table.add_row(*(show(row) for _, show in columns))
     return table

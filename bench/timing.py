@@ -43,7 +43,7 @@ class Effort:
 
 
 FULL = Effort(rounds=15, cold_bytes=512 << 20, call_bytes=128 << 20)
-QUICK = Effort(rounds=2, cold_bytes=4 << 20, call_bytes=1 << 20, claims=False)
+QUICK = Effort(rounds=2, cold_bytes=1 << 20, call_bytes=1 << 18, claims=False)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from wina.bench.cli import HERE_ONLY, without_options
 from wina.cli import app
 from wina.errors import WinaError
 
@@ -67,3 +68,38 @@ def test_plot_joins_rooflines(tmp_path: Path) -> None:
     picture = tmp_path / "new" / "p.png"
     assert str(picture) in invoke("plot", *files, "--output", str(picture)).replace("\n", "")
     assert is_png(picture)
+
+
+def test_kernels(tmp_path: Path) -> None:
+    saved, picture = tmp_path / "k.json", tmp_path / "k.png"
+    small = [
+        "kernels",
+        "--shapes",
+        "64x96",
+        "--dtypes",
+        "float32",
+        "--quick",
+        "--sparsities",
+        "0,0.5",
+    ]
+    out = invoke(*small, "--output", str(saved), "--picture", str(picture))
+    assert "vs torch" in out
+    assert is_png(picture)
+    run = document(*small, "--compare", str(saved))
+    assert run["arguments"]["quick"] is True
+    assert [row["sparsity"] for row in run["comparisons"][0]["rows"]] == [0.0, 0.5]
+
+
+def test_kernels_at_the_shapes_of_a_model() -> None:
+    run = document(
+        "kernels", "--model-shape", "smollm2-135m", "--dtypes", "float32", "--sparsities", "0.5",
+        "--operators", "sparse_gate_up", "--quick",
+    )  # fmt: skip
+    assert [row["shape"] for row in run["rows"]] == [
+        [576, 576], [192, 576], [1536, 576], [576, 1536],
+    ]  # fmt: skip
+
+
+def test_options_of_this_run_are_not_passed_on() -> None:
+    given = ["bench", "kernels", "--quick", "--output", "a", "--compare=b", "--rounds", "3"]
+    assert without_options(given, HERE_ONLY) == ["bench", "kernels", "--quick", "--rounds", "3"]
