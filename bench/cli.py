@@ -66,7 +66,7 @@ def kernels_command(
     grid = Grid(
         tuple(dict.fromkeys(pairs)) or (QUICK_SHAPES if quick else PROJECTION_SHAPES),
         names(operators), names(backend), names(dtypes), numbers(sparsities),
-        [int(t) for t in numbers(tokens)], device,
+        integers(tokens), device,
     )  # fmt: skip
     effort = _effort(quick, rounds)
     rows, refusals = bench_kernels(grid, effort)
@@ -162,45 +162,79 @@ def plot_command(
 
 
 @app.command("decode")
-def bench_decode_command(
+def decode_command(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Folder, hub id or `demo`.")
     ] = None,
     shape: Annotated[
         str | None, typer.Option(help="Random weights at a named shape: llama-3.2-1b, …")
     ] = None,
-    methods: Annotated[str, typer.Option(help="By commas.")] = "wina",
-    sparsities: Annotated[str, typer.Option(help="By commas.")] = "0.5",
+    methods: Annotated[str, typer.Option(help="By commas.")] = "teal,wina",
+    sparsities: Annotated[
+        str, typer.Option(help="By commas; 0 times our own dense kernel.")
+    ] = "0.5",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    batch: Annotated[str, typer.Option(help="Sequences at once, by commas.")] = "1",
+    context: Annotated[str, typer.Option(help="Tokens of the prompts, by commas.")] = "16",
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 48,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 4,
+    compiled: Annotated[
+        bool, typer.Option(help="Also with torch.compile (takes minutes on a CPU).")
+    ] = False,
+    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds (default 6).")] = None,
+    quick: Quick = False,
+    picture: Picture = None,
+    output: Output = None,
+    compare: Compare = None,
+    against: Against = None,
+    trust_remote_code: Trust = False,
 ) -> None:
-    """Time `model.generate`: dense transformers against the patched model, in turn."""
+    """Time `model.generate`, prefill and decode: dense transformers and patched models in turn."""
     import torch
 
-    from wina.bench.decode import bench_decode, print_decode, random_model
+    from wina.bench.decode import Sweep, bench_decode, random_model
+    from wina.bench.timing import noise_warnings
     from wina.config import SparsityConfig
 
     if (model is None) == (shape is None):
         raise WinaError("pass either --model or --shape")
+    sweep = Sweep(
+        integers(batch), integers(context), new_tokens,
+        ("eager", "compiled") if compiled else ("eager",),
+    )  # fmt: skip
+    plans = [
+        SparsityConfig(method=m, sparsity=s, calibration_tokens=2048)
+        for m in names(methods)
+        for s in numbers(sparsities)
+    ]
     tokenizer: Any = None
     texts: Any = None
     if shape is not None:
         loaded: Any = random_model(shape, dtype)
         generator = torch.Generator().manual_seed(1)
         texts = torch.randint(0, loaded.config.vocab_size, (2048,), generator=generator)
-        prompt = texts[None, :16]
     else:
         assert model is not None
-        loaded, tokenizer = load_model(model, dtype)
-        prompt = tokenizer("The history of science is", return_tensors="pt").input_ids
-    plans = [
-        SparsityConfig(method=m, sparsity=s, calibration_tokens=2048)
-        for m in names(methods)
-        for s in numbers(sparsities)
-    ]
-    rows = bench_decode(loaded, plans, prompt, texts, tokenizer, new_tokens, rounds)
-    print_decode(shape or Path(resolve_model(str(model))).name, rows)
+        loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    effort = _effort(quick, rounds if quick else rounds or 6)
+    rows = bench_decode(loaded, plans, sweep, tokenizer, texts, effort)
+    warnings = noise_warnings(
+        [row for row in rows if row["method"] != "dense"],
+        ("engine", "method", "sparsity", "batch", "context"),
+    )
+    name = shape or Path(resolve_model(str(model))).name
+    run = _document(
+        "decode", f"{name}, {dtype}: greedy decode", rows, vars(sweep), warnings, effort,
+        model=name,
+    )  # fmt: skip
+    _finish(run, picture, output, compare, against)
+
+
+def integers(values: str) -> list[int]:
+    """Split at commas and read as whole numbers."""
+    try:
+        return [int(value) for value in names(values)]
+    except ValueError as error:
+        raise WinaError(f"expected whole numbers separated by commas: {error}") from None
 
 
 def _effort(quick: bool, rounds: int | None) -> Effort:

@@ -48,7 +48,7 @@ KINDS: dict[str, Kind] = {
     ),
     "decode": Kind(
         ("engine", "method", "sparsity", "dtype", "batch", "context", "threads"),
-        "ms_per_token",
+        "ms_per_step",
         "speedup_vs_dense",
     ),
     "roofline": Kind(("sparsity", "batch", "context"), "ms_per_step", "speedup"),

@@ -12,7 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from wina.bench.runs import KINDS, compare_runs, different_machines, load, run_at, save
+from wina.bench.timing import STEADY, TOO_FEW, TOO_NOISY
 
+# Short forms for tables; a steady ratio needs no word.
+VERDICTS = {STEADY: "", TOO_NOISY: "noisy", TOO_FEW: "few"}
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 WIDTH = 160
 
@@ -34,7 +37,7 @@ def _interval(row: Mapping[str, Any]) -> str:
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
-    return str(row["verdict"]).partition(" for")[0].partition(":")[0]
+    return VERDICTS.get(str(row["verdict"]), str(row["verdict"]).partition(":")[0])
 
 
 COLUMNS: dict[str, tuple[Column, ...]] = {
@@ -56,14 +59,14 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("verdict", _verdict),
     ),
     "decode": (
-        ("engine", _text("engine")),
+        ("engine", lambda row: str(row["engine"]).removeprefix("transformers ")),
         ("method", _text("method")),
         ("sparsity", _number("sparsity", ".2f")),
         ("realised", _number("realised", ".3f")),
         ("batch", _text("batch")),
         ("context", _text("context")),
-        ("first token ms", _number("first_token_ms", ".1f")),
-        ("prefill tok/s", _number("prefill_tokens_per_s", ".0f")),
+        ("first ms", _number("first_token_ms", ".1f")),
+        ("prefill /s", _number("prefill_tokens_per_s", ".0f")),
         ("tokens/s", _number("tokens_per_s", ".1f")),
         ("p50 ms", _number("ms_p50", ".2f")),
         ("p95 ms", _number("ms_p95", ".2f")),

@@ -84,7 +84,7 @@ def test_bench_kernels() -> None:
 def test_bench_decode(folder: str) -> None:
     out = invoke("bench", "decode", "--model", folder, "--new-tokens", "6", "--rounds", "1")
     rows = json.loads(out.splitlines()[-1])["rows"]
-    assert [row["method"] for row in rows] == ["dense", "wina"]
+    assert [row["method"] for row in rows] == ["dense", "teal", "wina"]
     assert rows[1]["byte_ideal"] > 1
     assert 0.2 < rows[1]["realised"] < 0.8
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from wina.bench.cli import HERE_ONLY, without_options
 from wina.cli import app
 from wina.errors import WinaError
+from wina.testing import tiny_model, tiny_tokenizer
 
 
 def invoke(*arguments: str) -> str:
@@ -103,3 +104,30 @@ def test_kernels_at_the_shapes_of_a_model() -> None:
 def test_options_of_this_run_are_not_passed_on() -> None:
     given = ["bench", "kernels", "--quick", "--output", "a", "--compare=b", "--rounds", "3"]
     assert without_options(given, HERE_ONLY) == ["bench", "kernels", "--quick", "--rounds", "3"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(path)  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def test_decode(folder: str, tmp_path: Path) -> None:
+    saved, picture = tmp_path / "d.json", tmp_path / "d.png"
+    small = ["decode", "--model", folder, "--new-tokens", "4", "--quick", "--sparsities", "0.3,0.6"]
+    out = invoke(*small, "--output", str(saved), "--picture", str(picture))
+    assert "vs best" in out
+    assert is_png(picture)
+    run = document(*small, "--methods", "wina", "--compare", str(saved))
+    compared = run["comparisons"][0]["rows"]
+    assert [(r["method"], r["sparsity"]) for r in compared] == [
+        ("dense", 0.0), ("wina", 0.3), ("wina", 0.6),
+    ]  # fmt: skip
+    with pytest.raises(WinaError, match="whole numbers"):
+        invoke(*small, "--batch", "1.5")
+    other = tmp_path / "r.json"
+    invoke("roofline", "smollm2-135m", "--output", str(other))
+    with pytest.raises(WinaError, match="different benches"):
+        invoke("plot", str(saved), str(other))

@@ -12,7 +12,7 @@ from wina.errors import WinaError
 
 def row(time: float, sparsity: float = 0.5, **more: Any) -> dict[str, Any]:
     key = {"engine": "e", "method": "wina", "dtype": "float32", "batch": 1, "context": 8}
-    return {**key, "sparsity": sparsity, "ms_per_token": time, "speedup_vs_dense": 1.5, **more}
+    return {**key, "sparsity": sparsity, "ms_per_step": time, "speedup_vs_dense": 1.5, **more}
 
 
 def run(*rows: dict[str, Any], bench: str = "decode") -> dict[str, Any]:
