@@ -58,6 +58,7 @@ def kernels_command(
 ) -> None:
     """Time the operators on cold weights against F.linear and a plain read of the same bytes."""
     from wina.bench.kernels import Grid, bench_kernels
+    from wina.bench.machine import Neighbours
     from wina.bench.shapes import PROJECTION_SHAPES, QUICK_SHAPES, shapes_of
     from wina.bench.timing import noise_warnings
 
@@ -69,10 +70,19 @@ def kernels_command(
         integers(tokens), device,
     )  # fmt: skip
     effort = _effort(quick, rounds)
+    neighbours = Neighbours()
     rows, refusals = bench_kernels(grid, effort)
     warnings = noise_warnings(rows, ("operator", "backend", "shape", "dtype", "sparsity"))
+    warnings += neighbours.warnings()
     run = _document(
-        "kernels", f"{device}, cold weights", rows, vars(grid), warnings, effort, refusals=refusals
+        "kernels",
+        f"{device}, cold weights",
+        rows,
+        vars(grid),
+        warnings,
+        effort,
+        refusals=refusals,
+        other_cores=neighbours.cores,
     )
     _finish(run, picture, output, compare, against)
 
@@ -192,6 +202,7 @@ def decode_command(
     import torch
 
     from wina.bench.decode import Sweep, bench_decode, random_model
+    from wina.bench.machine import Neighbours
     from wina.bench.timing import noise_warnings
     from wina.config import SparsityConfig
 
@@ -216,15 +227,17 @@ def decode_command(
         assert model is not None
         loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     effort = _effort(quick, rounds if quick else rounds or 6)
+    neighbours = Neighbours()
     rows = bench_decode(loaded, plans, sweep, tokenizer, texts, effort)
     warnings = noise_warnings(
         [row for row in rows if row["method"] != "dense"],
         ("engine", "method", "sparsity", "batch", "context"),
     )
+    warnings += neighbours.warnings()
     name = shape or Path(resolve_model(str(model))).name
     run = _document(
         "decode", f"{name}, {dtype}: greedy decode", rows, vars(sweep), warnings, effort,
-        model=name,
+        model=name, other_cores=neighbours.cores,
     )  # fmt: skip
     _finish(run, picture, output, compare, against)
 

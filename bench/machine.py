@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -69,6 +70,48 @@ def _cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+class Neighbours:
+    """How many cores other processes kept busy since this object was made (Linux; else None).
+
+    A thread that waits for a core that somebody else has makes every parallel call as long as a
+    time slice. Contenders then look alike, steadily, so no spread between rounds would tell.
+    """
+
+    LIMIT = 0.1
+
+    def __init__(self) -> None:
+        self._start = (time.monotonic(), self._others())
+
+    @property
+    def cores(self) -> float | None:
+        """Cores used by others, on average."""
+        began, before = self._start
+        now = self._others()
+        if before is None or now is None:
+            return None
+        return max(0.0, (now - before) / max(time.monotonic() - began, 1e-3))
+
+    def warnings(self) -> list[str]:
+        """One line for people if others took more than a tenth of a core."""
+        cores = self.cores
+        if cores is None or cores <= self.LIMIT:
+            return []
+        return [
+            f"other processes kept {cores:.1f} of {os.cpu_count()} cores busy meanwhile: too noisy "
+            "for any claim. Stop them and repeat."
+        ]
+
+    @staticmethod
+    def _others() -> float | None:
+        """Processor seconds of all processes but this one (and its children) so far."""
+        fields = (_read(Path("/proc/stat")) or "").partition("\n")[0].split()
+        if len(fields) < 9:
+            return None
+        # user, nice, system, idle, iowait, irq, softirq, steal
+        busy = sum(int(fields[i]) for i in (1, 2, 3, 6, 7, 8)) / os.sysconf("SC_CLK_TCK")
+        return busy - sum(os.times()[:4])
 
 
 def _usable_cores() -> int | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from wina.bench.machine import Neighbours
 from wina.bench.runs import compare_runs, different_machines, document, load, parse, save
 from wina.errors import WinaError
 
@@ -61,3 +62,16 @@ def test_machines_are_compared() -> None:
     assert different_machines(old, new) == []
     old["machine"]["cpu"] = "another"
     assert different_machines(old, new)[0].startswith("cpu: another →")
+
+
+def test_neighbours_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter((10.0, 1000.0, 1000.0))
+    monkeypatch.setattr(Neighbours, "_others", staticmethod(lambda: next(seconds)))
+    (warning,) = Neighbours().warnings()
+    assert "too noisy" in warning
+    monkeypatch.setattr(Neighbours, "_others", staticmethod(lambda: None))
+    assert Neighbours().cores is None
+    assert Neighbours().warnings() == []
+    monkeypatch.undo()
+    own = Neighbours().cores
+    assert own is None or own >= 0
