@@ -110,7 +110,9 @@ class _Runs:
     def __add__(self, other: _Runs) -> _Runs:
         return _Runs(
             self.generations + other.generations,
-            max(self.working, other.working) if self.working and other.working else None,
+            None
+            if None in (self.working, other.working)
+            else max(self.working or 0, other.working or 0),
             max(self.peak, other.peak),
         )
 

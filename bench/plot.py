@@ -100,7 +100,8 @@ def _draw_kernels(runs: Sequence[Mapping[str, Any]]) -> Any:
     from matplotlib import pyplot as plt
 
     figure, (speed, width) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    series = _series(runs, ("operator", "backend", "dtype", "shape", "tokens"))
+    fields = ("operator", "backend", "dtype", "shape", "tokens")
+    series = dict(list(_series(runs, fields).items())[:MOST_SERIES])
     for (label, rows), marker in zip(series.items(), _cycle(_MARKERS), strict=False):
         x = [100 * row["sparsity"] for row in rows]
         y = [row["speedup_vs_torch"] for row in rows]
@@ -121,7 +122,9 @@ def _draw_kernels(runs: Sequence[Mapping[str, Any]]) -> Any:
     handles, labels = speed.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", fontsize=7, ncols=3)
     figure.set_figheight(4.8 + 0.07 * len(labels))
-    figure.suptitle(_caption(runs))
+    total = len(_series(runs, fields))
+    shown = f"\nthe first {MOST_SERIES} of {total} series" if total > MOST_SERIES else ""
+    figure.suptitle(_caption(runs) + shown)
     return figure
 
 
@@ -131,10 +134,14 @@ def _draw_decode(runs: Sequence[Mapping[str, Any]]) -> Any:
     figure, (speed, bars) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     series = _series(runs, ("engine", "method", "dtype", "batch", "context"),
                      lambda row: row["method"] != "dense")  # fmt: skip
+    colours = _method_colours(row for run in runs for row in run["rows"])
+    # One line a method takes the colour of its bars; more lines need colours of their own.
+    one_each = len(series) < len(colours)
     for (label, rows), marker in zip(series.items(), _cycle(_MARKERS), strict=False):
         x = [0.0, *(100 * row["realised"] for row in rows)]
         y = [1.0, *(row["speedup_vs_dense"] for row in rows)]
-        (line,) = speed.plot(x, y, marker=marker, label=label)
+        (line,) = speed.plot(x, y, marker=marker, label=label,
+                             color=colours[rows[0]["method"]] if one_each else None)  # fmt: skip
         errors = (
             [row["speedup_vs_dense"] - row["low"] for row in rows],
             [row["high"] - row["speedup_vs_dense"] for row in rows],
@@ -146,11 +153,15 @@ def _draw_decode(runs: Sequence[Mapping[str, Any]]) -> Any:
     _label_speed(speed, "decode speed relative to dense")
     speed.set_xlabel("projection weights skipped by a token, %")
     rows = [row for run in runs for row in run["rows"]]
-    colours = {m: f"C{i}" for i, m in enumerate(dict.fromkeys(row["method"] for row in rows))}
     positions = range(len(rows))
     bars.barh(positions, [row["tokens_per_s"] for row in rows],
               color=[colours[row["method"]] for row in rows])  # fmt: skip
-    bars.set_yticks(positions, [_bar_name(row) for row in rows], fontsize=8)
+    differing = [
+        field
+        for field in ("engine", "dtype", "batch", "context")
+        if len({str(row[field]) for row in rows}) > 1
+    ]
+    bars.set_yticks(positions, [_bar_name(row, differing) for row in rows], fontsize=8)
     for index, row in enumerate(rows):
         bars.annotate(f"{row['tokens_per_s']:.1f}", (row["tokens_per_s"], index), va="center",
                       xytext=(4, 0), textcoords="offset points", fontsize=8)  # fmt: skip
@@ -178,9 +189,13 @@ def _series(
         found.setdefault(" ".join(words), []).append(row)
     for rows in found.values():
         rows.sort(key=lambda row: row["sparsity"])
-    if len(found) > MOST_SERIES:
-        found = dict(list(found.items())[:MOST_SERIES])
     return found
+
+
+def _method_colours(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Method → colour; dense is grey."""
+    methods = [m for m in dict.fromkeys(str(row["method"]) for row in rows) if m != "dense"]
+    return {"dense": "0.6", **{method: f"C{i % 10}" for i, method in enumerate(methods)}}
 
 
 def _word(field: str, value: Any) -> str:
@@ -189,10 +204,11 @@ def _word(field: str, value: Any) -> str:
     return f"{field} {value}" if field in ("batch", "context", "tokens") else str(value)
 
 
-def _bar_name(row: Mapping[str, Any]) -> str:
-    at = "" if row["method"] == "dense" else f" {row['sparsity']:.0%}"
-    engine = " compiled" if "compiled" in row["engine"] else ""
-    return f"{row['method']}{at}{engine}, batch {row['batch']}, context {row['context']}"
+def _bar_name(row: Mapping[str, Any], differing: Sequence[str]) -> str:
+    name = "dense" if row["method"] == "dense" else f"{row['method']} {row['sparsity']:.0%}"
+    if "engine" in differing:
+        name += f" {str(row['engine']).removeprefix('transformers ')}"
+    return ", ".join([name, *(_word(f, row[f]) for f in differing if f != "engine")])
 
 
 def _plot_limit(axes: Any, x: Iterable[float]) -> None:

@@ -16,6 +16,7 @@ from wina.bench.timing import STEADY, TOO_FEW, TOO_NOISY
 
 # Short forms for tables; a steady ratio needs no word.
 VERDICTS = {STEADY: "", TOO_NOISY: "noisy", TOO_FEW: "few"}
+SHARED = ("operator", "backend", "dtype", "tokens", "engine", "batch", "context")
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 WIDTH = 160
 
@@ -95,11 +96,20 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 
 def table_of(run: Mapping[str, Any]) -> Table:
     """The rows of a run."""
-    table = Table(title=str(run["title"]))
     columns = COLUMNS[str(run["bench"])]
+    rows = run["rows"]
+    # What is the same in all rows is said once, in the title.
+    shared = [
+        (name, show(rows[0]))
+        for name, show in columns
+        if name in SHARED and len(rows) > 1 and len({show(row) for row in rows}) == 1
+    ]
+    title = ", ".join([str(run["title"]), *(f"{name} {value}" for name, value in shared)])
+    columns = tuple(column for column in columns if column[0] not in dict(shared))
+    table = Table(title=title)
     for name, _ in columns:
         table.add_column(name, justify="right")
-    for row in run["rows"]:
+    for row in rows:
         table.add_row(*(show(row) for _, show in columns))
     return table
 
