@@ -143,7 +143,7 @@ def structure_of(model: nn.Module) -> Structure:
         hidden=hidden,
         layers=int(config.num_hidden_layers),
         query_width=heads * head_size,
-        kv_width=2 * _kv_heads(config, heads) * head_size,
+        kv_width=_latent_width(config) or 2 * _kv_heads(config, heads) * head_size,
         windows=_windows(config),
     )
 
@@ -177,13 +177,17 @@ def _block_weight(
     parts = inside.split(".")
     if parameter.dim() < 2:
         return Weight(name, NORMS, (), parameter.numel(), 1.0, parameter.itemsize)
-    if parameter.dim() == 3 and parameter.shape[0] == experts:
+    linear = isinstance(module, nn.Linear) or type(module).__name__ in architecture.linear_types
+    stacked = parameter.shape[0] == experts and "experts" in parts[:-1] and not linear
+    if stacked and parameter.dim() == 2:
+        share = chosen / experts  # a stack of biases
+        return Weight(name, NORMS, (), parameter.numel() * share, share, parameter.itemsize)
+    if stacked and parameter.dim() == 3:
         return _matrix(name, EXPERTS, parameter[0], chosen / experts, experts)
     if "experts" in parts[:-2] and experts:  # a list of modules: each is one copy of many
         return _matrix(name, EXPERTS, parameter, chosen / experts, 1)
     if parameter.shape[0] == experts and "experts" not in parts:
         return _matrix(name, ROUTER, parameter)
-    linear = isinstance(module, nn.Linear) or type(module).__name__ in architecture.linear_types
     if not linear or parameter.dim() != 2:
         raise UnsupportedModelError(
             f"{name} is a {type(module).__name__} of shape {tuple(parameter.shape)}: the roofline "
@@ -215,6 +219,12 @@ def _kv_heads(config: Any, heads: int) -> int:
         return 1
     names = ("num_key_value_heads", "num_kv_heads")
     return int(next((getattr(config, n) for n in names if getattr(config, n, None)), heads))
+
+
+def _latent_width(config: Any) -> int | None:
+    """Elements cached by multi-head latent attention, which keeps one vector for all heads."""
+    rank = getattr(config, "kv_lora_rank", None)
+    return int(rank) + int(getattr(config, "qk_rope_head_dim", 0)) if rank else None
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:

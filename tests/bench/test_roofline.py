@@ -187,3 +187,25 @@ def test_config_of_a_folder(tmp_path: Path) -> None:
     assert structure_of(meta_model(load_config(str(tmp_path)))) == structure("smollm2-135m")
     with pytest.raises(UnsupportedModelError, match="no config"):
         load_config(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "elements"),
+    [
+        # 4 of 128 experts, 36 layers, two matrices of three times the width.
+        ("gpt_oss", EXPERTS, 36 * 4 * 3 * 2880 * 2880),
+        ("olmoe", EXPERTS, 16 * 8 * 3 * 2048 * 2048),
+    ],
+)
+def test_other_mixtures_on_paper(model_type: str, kind: str, elements: int) -> None:
+    import transformers
+
+    found = structure_of(meta_model(transformers.AutoConfig.for_model(model_type)))
+    assert sum(w.read for w in found.weights if w.kind == kind) == pytest.approx(elements)
+
+
+def test_latent_attention_caches_one_vector() -> None:
+    import transformers
+
+    deepseek = transformers.AutoConfig.for_model("deepseek_v3", num_hidden_layers=4)
+    assert structure_of(meta_model(deepseek)).kv_width == 512 + 64
