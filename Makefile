@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench clean
+.PHONY: help install demo test test-slow lint format bench bench-quick clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,11 +35,22 @@ format: install ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install ## operator and decode speed on this machine (leave it alone meanwhile)
-	$(BIN)/wina bench kernels
-	$(BIN)/wina bench decode --model demo
-	$(BIN)/wina bench decode --shape llama-3.2-1b
-	$(BIN)/wina bench decode --shape llama-3.2-1b --dtype bfloat16
+bench: install ## all speed figures of this machine into out/bench (half an hour; leave it alone)
+	$(BIN)/wina bench kernels --output out/bench/kernels.json --picture out/bench/kernels.png
+	$(BIN)/wina bench decode --model demo --sparsities 0,0.25,0.4,0.5,0.65 \
+		--output out/bench/demo.json --picture out/bench/demo.png
+	for dtype in float32 bfloat16; do \
+		$(BIN)/wina bench decode --shape llama-3.2-1b --dtype $$dtype --methods wina --sparsities 0,0.5 \
+			--output out/bench/1b-$$dtype.json --picture out/bench/1b-$$dtype.png || exit 1; \
+	done
+	$(BIN)/wina bench roofline llama-3.2-1b --device cpu --context 40 \
+		--output out/bench/roofline.json --picture out/bench/roofline.png
+
+bench-quick: install ## every bench in quick mode: shows that they run, claims nothing
+	$(BIN)/python -m pytest bench/ --quick --benchmark-only --benchmark-columns=median,rounds
+	$(BIN)/wina bench kernels --quick --backend all --operators sparse_linear,sparse_gate_up
+	$(BIN)/wina bench decode --quick --shape smollm2-135m --sparsities 0.5 --new-tokens 4
+	$(BIN)/wina bench roofline llama-3-70b --device h100
 
 clean: ## remove the virtual environment and caches of tools
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info out

@@ -2,77 +2,301 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wina.cli_options import load_model, names, numbers, resolve_model
+from wina.cli_options import Trust, load_model, names, numbers, resolve_model
 from wina.errors import WinaError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from wina.bench.timing import Effort
+
+Output = Annotated[Path | None, typer.Option(help="JSON file to save the run to.")]
+Compare = Annotated[Path | None, typer.Option(help="Saved run to compare with.")]
+Against = Annotated[
+    str | None, typer.Option(help="Git ref to measure with the same arguments and compare with.")
+]
+
+# Options that make no sense while another git ref is measured.
+HERE_ONLY = ("--output", "--compare", "--against", "--picture")
+Picture = Annotated[Path | None, typer.Option(help="PNG to draw.")]
+Quick = Annotated[bool, typer.Option(help="Show that it runs, in seconds; no claim is made.")]
+Rounds = Annotated[int | None, typer.Option(help="Interleaved rounds.")]
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed. Last stdout line: JSON.")
 
 
 @app.command("kernels")
-def bench_kernels_command(
+def kernels_command(
     shapes: Annotated[str, typer.Option(help="N×K pairs as in 4096x4096,14336x4096")] = "",
+    model_shape: Annotated[
+        str, typer.Option(help="Projections of named models, by commas: llama-3-8b,…")
+    ] = "",
+    operators: Annotated[
+        str, typer.Option(help="sparse_linear, sparse_gate_up.")
+    ] = "sparse_linear",
     dtypes: Annotated[str, typer.Option(help="By commas.")] = "float32,bfloat16",
     sparsities: Annotated[str, typer.Option(help="By commas.")] = "0,0.5,0.65",
-    backend: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 15,
+    tokens: Annotated[str, typer.Option(help="Decoded at once, by commas: 1,2,4,8,16.")] = "1",
+    backend: Annotated[
+        str, typer.Option(help="`auto`, `all` that accept, or names by commas.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    rounds: Rounds = None,
+    quick: Quick = False,
+    picture: Picture = None,
+    output: Output = None,
+    compare: Compare = None,
+    against: Against = None,
 ) -> None:
     """Time the operators on cold weights against F.linear and a plain read of the same bytes."""
-    from wina.bench.kernels import bench_kernels, print_kernels
-    from wina.bench.shapes import PROJECTION_SHAPES
+    from wina.bench.kernels import Grid, bench_kernels
+    from wina.bench.machine import Neighbours
+    from wina.bench.shapes import PROJECTION_SHAPES, QUICK_SHAPES, shapes_of
+    from wina.bench.timing import noise_warnings
 
     pairs = [_shape(pair) for pair in names(shapes)]
-    rows = bench_kernels(
-        pairs or PROJECTION_SHAPES,
-        names(dtypes), numbers(sparsities), backend, rounds,
+    pairs += [pair for name in names(model_shape) for pair in shapes_of(name)]
+    grid = Grid(
+        tuple(dict.fromkeys(pairs)) or (QUICK_SHAPES if quick else PROJECTION_SHAPES),
+        names(operators), names(backend), names(dtypes), numbers(sparsities),
+        integers(tokens), device,
     )  # fmt: skip
-    print_kernels(rows)
+    effort = _effort(quick, rounds)
+    neighbours = Neighbours()
+    rows, refusals = bench_kernels(grid, effort)
+    warnings = noise_warnings(rows, ("operator", "backend", "shape", "dtype", "sparsity"))
+    warnings += neighbours.warnings()
+    run = _document(
+        "kernels",
+        f"{device}, cold weights",
+        rows,
+        vars(grid),
+        warnings,
+        effort,
+        refusals=refusals,
+        other_cores=neighbours.cores,
+    )
+    _finish(run, picture, output, compare, against)
+
+
+@app.command("roofline")
+def roofline_command(
+    model: Annotated[
+        str, typer.Argument(help="Named shape, folder or hub id; only its config is read.")
+    ],
+    sparsities: Annotated[str, typer.Option(help="By commas.")] = "0.25,0.4,0.5,0.65",
+    device: Annotated[
+        str | None, typer.Option(help="h100, h200, a100, rtx-4090, …; `cpu` is measured here.")
+    ] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="GB/s, instead of a device's.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of weights: bfloat16, float32, float16, int8, int4.")
+    ] = "bfloat16",
+    batch: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 1,
+    context: Annotated[int, typer.Option(help="Cached tokens of each sequence.")] = 0,
+    rotation: Annotated[bool, typer.Option(help="Count WINA's rotated model.")] = False,
+    rank: Annotated[int, typer.Option(help="Of a low-rank correction.")] = 0,
+    bias: Annotated[bool, typer.Option(help="Count a correcting bias.")] = False,
+    efficiency: Annotated[
+        float, typer.Option(help="Share of the bandwidth that kernels reach.")
+    ] = 1.0,
+    dense_tokens_per_s: Annotated[
+        float | None, typer.Option(help="Measured dense speed: sets the time that is not bytes.")
+    ] = None,
+    picture: Picture = None,
+    output: Output = None,
+    compare: Compare = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Count bytes and multiply-adds of a decoded token; predict tokens/s from the bandwidth.
+
+    Reads a config, never weights: 70B and mixture-of-experts models work on paper.
+    """
+    from wina.bench.devices import device_for
+    from wina.bench.roofline import ITEMSIZE, Load, overhead_for, roofline
+    from wina.bench.runs import document
+    from wina.bench.shapes import load_config
+    from wina.bench.structure import meta_model, structure_of
+    from wina.bench.tables import kinds_table
+    from wina.bench.timing import FULL
+
+    if dtype not in ITEMSIZE:
+        raise WinaError(f"unknown dtype {dtype!r}. Known: {', '.join(ITEMSIZE)}.")
+    structure = structure_of(meta_model(load_config(model, trust_remote_code)))
+    card = device_for(device, bandwidth, FULL.cold_bytes)
+    load = Load(
+        batch=batch, context=context, itemsize=ITEMSIZE[dtype],
+        cache_itemsize=max(2.0, ITEMSIZE[dtype]), rotation=rotation, rank=rank, bias=bias,
+    )  # fmt: skip
+    overhead = (
+        overhead_for(structure, card, load, dense_tokens_per_s) if dense_tokens_per_s else 0.0
+    )
+    rows = roofline(structure, card, numbers(sparsities), load, overhead, efficiency)
+    for row in rows:
+        row.update(batch=batch, context=context)
+    name = Path(model).name
+    run = document(
+        "roofline",
+        f"{name}, {dtype}, batch {batch}, context {context}: roofline on {card.name} "
+        f"({card.bandwidth_gb_s:,.0f} GB/s, {card.source})",
+        rows,
+        {"dtype": dtype, "rotation": rotation, "rank": rank, "bias": bias,
+         "efficiency": efficiency, "overhead_ms": overhead * 1e3},
+        model=name,
+        device=vars(card),
+    )  # fmt: skip
+    _finish(run, picture, output, compare, None, [kinds_table(rows)])
+
+
+@app.command("plot")
+def plot_command(
+    files: Annotated[list[Path], typer.Argument(help="Runs saved with --output.")],
+    picture: Annotated[Path, typer.Option("--output", "-o", help="PNG to draw.")] = Path(
+        "out/bench.png"
+    ),
+) -> None:
+    """Draw saved runs of one bench: speed-up against sparsity, tokens/s, bytes by kind."""
+    from wina.bench.plot import draw
+    from wina.bench.runs import load
+
+    draw([load(file) for file in files], picture)
+    print(picture)
 
 
 @app.command("decode")
-def bench_decode_command(
+def decode_command(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Folder, hub id or `demo`.")
     ] = None,
     shape: Annotated[
         str | None, typer.Option(help="Random weights at a named shape: llama-3.2-1b, …")
     ] = None,
-    methods: Annotated[str, typer.Option(help="By commas.")] = "wina",
-    sparsities: Annotated[str, typer.Option(help="By commas.")] = "0.5",
+    methods: Annotated[str, typer.Option(help="By commas.")] = "teal,wina",
+    sparsities: Annotated[
+        str, typer.Option(help="By commas; 0 times our own dense kernel.")
+    ] = "0.5",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    batch: Annotated[str, typer.Option(help="Sequences at once, by commas.")] = "1",
+    context: Annotated[str, typer.Option(help="Tokens of the prompts, by commas.")] = "16",
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 48,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 4,
+    compiled: Annotated[
+        bool, typer.Option(help="Also with torch.compile (takes minutes on a CPU).")
+    ] = False,
+    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds (default 6).")] = None,
+    quick: Quick = False,
+    picture: Picture = None,
+    output: Output = None,
+    compare: Compare = None,
+    against: Against = None,
+    trust_remote_code: Trust = False,
 ) -> None:
-    """Time `model.generate`: dense transformers against the patched model, in turn."""
+    """Time `model.generate`, prefill and decode: dense transformers and patched models in turn."""
     import torch
 
-    from wina.bench.decode import bench_decode, print_decode, random_model
+    from wina.bench.decode import Sweep, bench_decode, random_model
+    from wina.bench.machine import Neighbours
+    from wina.bench.timing import noise_warnings
     from wina.config import SparsityConfig
 
     if (model is None) == (shape is None):
         raise WinaError("pass either --model or --shape")
+    sweep = Sweep(
+        integers(batch), integers(context), new_tokens,
+        ("eager", "compiled") if compiled else ("eager",),
+    )  # fmt: skip
+    plans = [
+        SparsityConfig(method=m, sparsity=s, calibration_tokens=2048)
+        for m in names(methods)
+        for s in numbers(sparsities)
+    ]
     tokenizer: Any = None
     texts: Any = None
     if shape is not None:
         loaded: Any = random_model(shape, dtype)
         generator = torch.Generator().manual_seed(1)
         texts = torch.randint(0, loaded.config.vocab_size, (2048,), generator=generator)
-        prompt = texts[None, :16]
     else:
         assert model is not None
-        loaded, tokenizer = load_model(model, dtype)
-        prompt = tokenizer("The history of science is", return_tensors="pt").input_ids
-    plans = [
-        SparsityConfig(method=m, sparsity=s, calibration_tokens=2048)
-        for m in names(methods)
-        for s in numbers(sparsities)
-    ]
-    rows = bench_decode(loaded, plans, prompt, texts, tokenizer, new_tokens, rounds)
-    print_decode(shape or Path(resolve_model(str(model))).name, rows)
+        loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    effort = _effort(quick, rounds if quick else rounds or 6)
+    neighbours = Neighbours()
+    rows = bench_decode(loaded, plans, sweep, tokenizer, texts, effort)
+    warnings = noise_warnings(
+        [row for row in rows if row["method"] != "dense"],
+        ("engine", "method", "sparsity", "batch", "context"),
+    )
+    warnings += neighbours.warnings()
+    name = shape or Path(resolve_model(str(model))).name
+    run = _document(
+        "decode", f"{name}, {dtype}: greedy decode", rows, vars(sweep), warnings, effort,
+        model=name, other_cores=neighbours.cores,
+    )  # fmt: skip
+    _finish(run, picture, output, compare, against)
+
+
+def integers(values: str) -> list[int]:
+    """Split at commas and read as whole numbers."""
+    try:
+        return [int(value) for value in names(values)]
+    except ValueError as error:
+        raise WinaError(f"expected whole numbers separated by commas: {error}") from None
+
+
+def _effort(quick: bool, rounds: int | None) -> Effort:
+    from wina.bench.timing import FULL, QUICK
+
+    effort = QUICK if quick else FULL
+    if rounds is None:
+        return effort
+    if rounds < 1:
+        raise WinaError(f"rounds are counted from 1, not {rounds}")
+    return replace(effort, rounds=rounds)
+
+
+def _document(
+    bench: str, title: str, rows: list[dict[str, Any]], arguments: Mapping[str, Any],
+    warnings: list[str], effort: Effort, **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    from wina.bench.runs import document
+
+    settings = {**arguments, "rounds": effort.rounds, "quick": not effort.claims}
+    return document(bench, title, rows, settings, warnings, **more)
+
+
+def _finish(
+    run: dict[str, Any], picture: Path | None, output: Path | None, compare: Path | None,
+    against: str | None = None, tables: Sequence[Table] = (),
+) -> None:  # fmt: skip
+    """Draw, show, compare and save a run."""
+    from wina.bench.plot import draw
+    from wina.bench.tables import publish
+
+    if picture is not None:
+        draw([run], picture)
+    publish(run, tables, output, compare, against, without_options(sys.argv[1:], HERE_ONLY))
+
+
+def without_options(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """A command line without some options and their values."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if skip:
+            skip = False
+        elif name in options:
+            skip = not equals
+        else:
+            kept.append(argument)
+    return kept
 
 
 def _shape(pair: str) -> tuple[int, int]:

@@ -1,181 +1,313 @@
-"""Decode speed of ``model.generate``: dense transformers against the patched model."""
+"""Decode and prefill of whole models: dense transformers against patched ones, in turn."""
 
 from __future__ import annotations
 
 import copy
-import json
-import time
+import statistics
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from wina.api import sparsify
-from wina.bench.kernels import DTYPES
-from wina.bench.machine import machine_card
-from wina.bench.shapes import SHAPES
-from wina.bench.timing import interleave, ratio
+from wina.bench.devices import Device, measured_bandwidth
+from wina.bench.generation import (
+    ENGINES,
+    Engine,
+    Generation,
+    decode_seconds,
+    generate,
+    model_bytes,
+    peak_memory,
+)
+from wina.bench.operators import DTYPES
+from wina.bench.roofline import Load, byte_ideal, cost, overhead_for
+from wina.bench.shapes import shape_config
+from wina.bench.structure import Structure, structure_of
+from wina.bench.timing import FULL, Effort, Timing, claim, compare, interleave, ratio
 from wina.config import SparsityConfig
+from wina.errors import ConfigError
 from wina.inspection import measure_sparsity
 from wina.patch import restore
 from wina.plan import SparsityPlan
-from wina.projections import find_projections
+from wina.texts import bundled, to_windows
+
+__all__ = ["Sweep", "bench_decode", "decode_seconds", "prompts_for", "random_model"]
 
 
-class _Clock:
-    """A streamer that notes when each token arrives."""
+@dataclass(frozen=True)
+class Sweep:
+    """What to generate: every combination of these.
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
-def decode_seconds(model: nn.Module, prompt: Tensor, new_tokens: int) -> float:
-    """Seconds per token of greedy decode, without prefill.
-
-    Args:
-        model: dense or sparsified.
-        prompt: token ids [1, S].
-        new_tokens: tokens to generate, at least 2; end-of-sequence does not stop.
+    Attributes:
+        batches: sequences at once.
+        contexts: tokens of the prompts.
+        new_tokens: of each sequence.
+        engines: names of :data:`wina.bench.generation.ENGINES`.
     """
-    clock = _Clock()
-    generate: Any = model.generate
-    generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-        streamer=clock,
-    )
-    # put() is called for the prompt, then for every token; the first token ends the prefill.
-    first, last = clock.times[1], clock.times[-1]
-    return (last - first) / (len(clock.times) - 2)
 
+    batches: Sequence[int] = (1,)
+    contexts: Sequence[int] = (16,)
+    new_tokens: int = 48
+    engines: Sequence[str] = ("eager",)
 
-def bytes_per_token(model: nn.Module, realised: float = 0.0) -> int:
-    """Weight bytes that one decoded token reads: kept projection weights and everything else.
+    def __post_init__(self) -> None:
+        if self.new_tokens < 3:
+            raise ConfigError("new_tokens is at least 3: a first one, and two to time")
+        if min((*self.batches, *self.contexts), default=0) < 1:
+            raise ConfigError("batches and contexts are counted from 1")
+        for name in self.engines:
+            ENGINES[name]
 
-    Embedding tables are read by one row only, except where tied to the language-model head.
-    """
-    skipped = 0.0
-    for projection in find_projections(model):
-        weight: Any = model.get_submodule(projection.name).weight
-        skipped += realised * projection.weights * weight.itemsize
-    total = sum(p.numel() * p.itemsize for p in model.parameters())
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    if head is None or head.weight is not embedding.weight:
-        total -= embedding.weight.numel() * embedding.weight.itemsize
-    return int(total - skipped)
+    def loads(self) -> list[tuple[int, int]]:
+        """(batch, context) of every generation."""
+        return [(b, c) for b in self.batches for c in self.contexts]
 
 
 def random_model(shape: str, dtype: str) -> nn.Module:
     """A model of a named shape with random weights."""
     import transformers
 
-    model_type, settings = SHAPES[shape]
-    config = transformers.AutoConfig.for_model(model_type, **settings)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[dtype])
-    try:
-        torch.manual_seed(0)
-        with torch.device("cpu"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
-    finally:
-        torch.set_default_dtype(before)
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}. Known: {', '.join(DTYPES)}.")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(shape_config(shape), dtype=DTYPES[dtype])
     module: nn.Module = model.eval()
     return module
+
+
+def prompts_for(model: nn.Module, tokenizer: Any | None, batch: int, context: int) -> Tensor:
+    """Prompts [batch, context]: held-out text, repeated where short; random without a tokenizer."""
+    vocabulary: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
+    needed = batch * context
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(0, vocabulary, (batch, context), generator=generator)
+    windows = to_windows(bundled("heldout"), tokenizer, context, needed)
+    tokens = torch.cat([window.flatten() for window in windows])
+    return tokens.repeat(-(-needed // len(tokens)))[:needed].view(batch, context)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """All rounds of one contender under one load."""
+
+    generations: tuple[Generation, ...]
+    working: int | None
+    peak: int
+
+    @property
+    def decode(self) -> Timing:
+        return Timing(tuple(g.step_s for g in self.generations))
+
+    @property
+    def first(self) -> Timing:
+        return Timing(tuple(g.first_s for g in self.generations))
+
+    def __add__(self, other: _Runs) -> _Runs:
+        return _Runs(
+            self.generations + other.generations,
+            None
+            if None in (self.working, other.working)
+            else max(self.working or 0, other.working or 0),
+            max(self.peak, other.peak),
+        )
 
 
 def bench_decode(
     model: nn.Module,
     plans: Sequence[SparsityPlan | SparsityConfig],
-    prompt: Tensor,
-    texts: Any,
+    sweep: Sweep,
     tokenizer: Any | None = None,
-    new_tokens: int = 48,
-    rounds: int = 4,
+    texts: Any = None,
+    effort: Effort = FULL,
     show_progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Time greedy decode of the dense model and of every plan, in turn.
+    """Time prefill and greedy decode of the dense model and of every plan, in turn.
 
     The dense model is timed as transformers loads it, beside a patched copy, so both are in
-    memory at once.
+    memory at once. A plan of sparsity 0 gives ``speedup_vs_own_dense`` to the others of its method.
+
+    Args:
+        model: a dense decoder.
+        plans: plans, or configs to calibrate with.
+        sweep: batches, contexts, engines.
+        tokenizer: the model's; None for random prompts and calibration ``texts`` of token ids.
+        texts: calibration texts, see :func:`wina.calibrate`.
+        effort: how many rounds.
+        show_progress: draw progress on stderr.
 
     Returns:
-        Rows of {engine, method, sparsity, realised, dtype, tokens_per_s, speedup_vs_dense,
-        byte_ideal, spread}; ``byte_ideal`` is dense bytes over the bytes that the sparse model
-        reads in this very run.
+        Dense rows, then sparse ones, of {engine, method, sparsity, realised, dtype, batch,
+        context, new_tokens, threads, first_token_ms, prefill_tokens_per_s, prefill_vs_dense,
+        tokens_per_s, ms_per_step, ms_p50, ms_p95, speedup_vs_dense, speedup_vs_best_dense,
+        speedup_vs_own_dense, byte_ideal, predicted_speedup, low, high, disagreement, rounds,
+        verdict, spread, weights_gib, working_gib, memory_gib, peak_gib}. ``byte_ideal`` is dense
+        bytes over the bytes that the sparse model reads at the sparsity realised in this very
+        run; ``predicted_speedup`` adds the time of dense decode that bytes do not explain.
     """
-    dense_bytes = bytes_per_token(model)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    bench = _Bench(model, sweep, effort, tokenizer, show_progress)
     patched = copy.deepcopy(model)
-    rows: list[dict[str, Any]] = []
     for asked in plans:
-        plan = (
-            sparsify(patched, asked, tokenizer=tokenizer, texts=texts, show_progress=show_progress)
-            if isinstance(asked, SparsityConfig)
-            else sparsify(patched, asked)
-        )
-        with measure_sparsity(patched) as counter:
-            decode_seconds(patched, prompt, min(new_tokens, 16))
-        contenders: dict[str, Callable[[], float | None]] = {
-            "dense": lambda: decode_seconds(model, prompt, new_tokens),
-            "sparse": lambda: decode_seconds(patched, prompt, new_tokens),
-        }
-        title = f"decoding {plan.config.method} at {plan.config.sparsity:.0%}"
-        times = interleave(contenders, rounds, title, show_progress)
-        realised = counter.mean
-        restore(patched)
-        common = {"engine": "transformers generate", "dtype": dtype}
-        rows.append(
-            {
-                **common,
-                "method": "dense",
-                "sparsity": 0.0,
-                "realised": 0.0,
-                "tokens_per_s": 1 / times["dense"].median,
-                "speedup_vs_dense": 1.0,
-                "byte_ideal": 1.0,
-                "spread": times["dense"].spread,
-            }
-        )
-        rows.append(
-            {
-                **common,
-                "method": plan.config.method,
-                "sparsity": plan.config.sparsity,
-                "realised": realised,
-                "tokens_per_s": 1 / times["sparse"].median,
-                "speedup_vs_dense": ratio(times["dense"], times["sparse"]),
-                "byte_ideal": dense_bytes / bytes_per_token(model, realised),
-                "spread": times["sparse"].spread,
-            }
-        )
-    return rows
-
-
-def print_decode(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """A table for people, then the JSON line."""
-    table = Table(title=f"{title}: greedy decode, batch 1")
-    for column in (
-        "method", "sparsity", "realised", "dtype", "tokens/s", "vs dense", "byte ideal", "spread"
-    ):  # fmt: skip
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row["method"], f"{row['sparsity']:.2f}", f"{row['realised']:.3f}", row["dtype"],
-            f"{row['tokens_per_s']:.1f}", f"{row['speedup_vs_dense']:.2f}×",
-            f"{row['byte_ideal']:.2f}×", f"{row['spread']:.0%}",
+        plan = sparsify(
+            patched, asked, show_progress=show_progress,
+            **({"tokenizer": tokenizer, "texts": texts} if isinstance(asked, SparsityConfig)
+               else {}),
         )  # fmt: skip
-    Console(width=120).print(table)
-    print(json.dumps({"model": title, "rows": list(rows), "machine": machine_card()}))
+        bench.add(patched, plan)
+        restore(patched)
+    return bench.rows()
+
+
+class _Bench:
+    """Gathers the rounds of all plans, then makes rows of them."""
+
+    def __init__(
+        self, model: nn.Module, sweep: Sweep, effort: Effort, tokenizer: Any | None,
+        show_progress: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.sweep, self.effort = model, sweep, effort
+        self.show_progress = show_progress
+        parameter = next(model.parameters())
+        self.device = parameter.device
+        self.dtype = str(parameter.dtype).removeprefix("torch.")
+        self.itemsize = parameter.itemsize
+        self.structure: Structure = structure_of(model)
+        self.prompts = {
+            load: prompts_for(model, tokenizer, *load).to(self.device) for load in sweep.loads()
+        }
+        self.memory = Device("here", measured_bandwidth(effort.cold_bytes), None, "plain read")
+        self.dense: dict[tuple[str, tuple[int, int]], _Runs] = {}
+        self.sparse_rows: list[dict[str, Any]] = []
+
+    def add(self, patched: nn.Module, plan: SparsityPlan) -> None:
+        """Time one plan under every load, dense and sparse of all engines in turn."""
+        label = f"{plan.config.method} at {plan.config.sparsity:.0%}"
+        for load, prompt in self.prompts.items():
+            with measure_sparsity(patched) as counter:
+                generate(patched, prompt, min(self.sweep.new_tokens, 16))
+            title = f"decoding {label}, batch {load[0]}, context {load[1]}"
+            runs = self._interleave(patched, prompt, title)
+            for name in self.sweep.engines:
+                key = (name, load)
+                dense = runs[name, "dense"]
+                self.dense[key] = self.dense[key] + dense if key in self.dense else dense
+            best = _fastest([runs[name, "dense"] for name in self.sweep.engines])
+            for name in self.sweep.engines:
+                row = self._row(
+                    ENGINES[name], load, runs[name, "sparse"], plan, counter.mean,
+                    runs[name, "dense"],
+                )  # fmt: skip
+                row["speedup_vs_best_dense"] = ratio(best.decode, runs[name, "sparse"].decode)
+                row["weights_gib"] = model_bytes(patched) / 2**30
+                self.sparse_rows.append(row)
+
+    def _interleave(
+        self, patched: nn.Module, prompt: Tensor, title: str
+    ) -> dict[tuple[str, str], _Runs]:
+        models = {"dense": self.model, "sparse": patched}
+        found: dict[tuple[str, str], list[Generation]] = {}
+        memory: dict[tuple[str, str], tuple[int | None, int]] = {}
+        contenders: dict[str, Callable[[], float | None]] = {}
+        # All models of a class share one cache of compiled code, which is small and fails silently.
+        torch.compiler.reset()
+        with ExitStack() as stack:
+            for name in self.sweep.engines:
+                for side, module in models.items():
+                    run = stack.enter_context(ENGINES[name].on(module))
+                    kept = found.setdefault((name, side), [])
+
+                    def once(
+                        run: Callable[[Tensor, int], Generation] = run,
+                        kept: list[Generation] = kept,
+                    ) -> float:
+                        kept.append(run(prompt, self.sweep.new_tokens))
+                        return kept[-1].step_s
+
+                    contenders[f"{name} {side}"] = once
+                    memory[name, side] = peak_memory(
+                        lambda run=run: run(prompt, self.sweep.new_tokens),  # type: ignore[misc]
+                        self.device,
+                    )
+            interleave(contenders, self.effort.rounds, title, self.show_progress)
+        # The first generation of each is the warm-up round's.
+        return {key: _Runs(tuple(every[1:]), *memory[key]) for key, every in found.items()}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Dense rows, then sparse ones."""
+        rows = []
+        for (name, load), runs in self.dense.items():
+            row = self._row(ENGINES[name], load, runs, None, 0.0, runs)
+            row["weights_gib"] = model_bytes(self.model) / 2**30
+            best = _fastest([r for (_, other), r in self.dense.items() if other == load])
+            row["speedup_vs_best_dense"] = ratio(best.decode, runs.decode)
+            rows.append(row)
+        rows += self.sparse_rows
+        for row in rows:
+            own = _own_dense(row, self.sparse_rows)
+            row["speedup_vs_own_dense"] = (
+                row["speedup_vs_dense"] / own["speedup_vs_dense"] if own else None
+            )
+            working = row["working_gib"]
+            row["memory_gib"] = None if working is None else row["weights_gib"] + working
+        return rows
+
+    def _row(
+        self, engine: Engine, load: tuple[int, int], runs: _Runs, plan: SparsityPlan | None,
+        realised: float, dense: _Runs,
+    ) -> dict[str, Any]:  # fmt: skip
+        batch, context = load
+        steps = sorted(1e3 * s for g in runs.generations for s in g.steps_s)
+        decode = runs.decode
+        against = compare(dense.decode, decode)
+        work = Load(
+            sparsity=realised,
+            batch=batch,
+            context=context + self.sweep.new_tokens // 2,
+            cache_itemsize=self.itemsize,
+        )
+        return {
+            "engine": engine.name,
+            "method": plan.config.method if plan else "dense",
+            "sparsity": plan.config.sparsity if plan else 0.0,
+            "realised": realised,
+            "dtype": self.dtype,
+            "batch": batch,
+            "context": context,
+            "new_tokens": self.sweep.new_tokens,
+            "threads": torch.get_num_threads(),
+            "first_token_ms": runs.first.median * 1e3,
+            "prefill_tokens_per_s": batch * context / runs.first.median,
+            "prefill_vs_dense": ratio(dense.first, runs.first),
+            "tokens_per_s": batch / decode.median,
+            "ms_per_step": decode.median * 1e3,
+            "ms_p50": statistics.median(steps),
+            "ms_p95": steps[min(len(steps) - 1, round(0.95 * len(steps)))],
+            "speedup_vs_dense": against.ratio,
+            "byte_ideal": byte_ideal(self.structure, work),
+            "predicted_speedup": self._predicted(work, batch / dense.decode.median),
+            **claim(against, self.effort),
+            "spread": decode.spread,
+            "working_gib": None if runs.working is None else runs.working / 2**30,
+            "peak_gib": runs.peak / 2**30,
+        }
+
+    def _predicted(self, work: Load, dense_tokens_per_s: float) -> float:
+        overhead = overhead_for(self.structure, self.memory, work, dense_tokens_per_s)
+        dense = cost(self.structure, work.dense).seconds(self.memory, overhead)
+        return dense / cost(self.structure, work).seconds(self.memory, overhead)
+
+
+def _fastest(runs: Sequence[_Runs]) -> _Runs:
+    return min(runs, key=lambda r: r.decode.median)
+
+
+def _own_dense(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of the same method, engine and load at sparsity 0, if it was asked for."""
+    same = ("engine", "method", "batch", "context")
+    return next(
+        (r for r in rows if r["sparsity"] == 0.0 and all(r[f] == row[f] for f in same)), None
+    )

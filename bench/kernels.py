@@ -1,189 +1,271 @@
-"""Operator time on cold weights, against the byte floor and against ``F.linear``."""
+"""Operator time on cold weights, against the byte floor and against dense torch."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from wina.bench.machine import machine_card
+from wina.bench.devices import plain_read
+from wina.bench.operators import (
+    DTYPES,
+    OPERATORS,
+    ColdWeights,
+    Operator,
+    gate,
+    inputs_for,
+    kept_channels,
+    threshold_for,
+)
 from wina.bench.shapes import PROJECTION_SHAPES
-from wina.bench.timing import Timing, interleave, ratio
-from wina.errors import WinaError
-from wina.kernels import reference
-from wina.kernels.dispatch import LayerSpec, choose
+from wina.bench.timing import FULL, Effort, Timing, claim, compare, interleave, ratio
+from wina.errors import ConfigError
+from wina.kernels.dispatch import Backend, LayerSpec, backends, choose
 
-# Weights rotated through must not fit into any cache.
-COLD_BYTES = 512 << 20
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+@dataclass(frozen=True)
+class Grid:
+    """What to time: every combination of these.
+
+    Attributes:
+        shapes: [N, K] of a projection; for ``sparse_gate_up`` of each of its two.
+        operators: names of :data:`wina.bench.operators.OPERATORS`.
+        backends: names; ``("auto",)`` is the one a model would get, ``("all",)`` every one that
+            accepts.
+        dtypes: names of :data:`wina.bench.operators.DTYPES`.
+        sparsities: shares of channels dropped; 0 is added, as the kernel's own dense time.
+        tokens: decoded at once.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+
+    shapes: Sequence[tuple[int, int]] = PROJECTION_SHAPES
+    operators: Sequence[str] = ("sparse_linear",)
+    backends: Sequence[str] = ("auto",)
+    dtypes: Sequence[str] = ("float32", "bfloat16")
+    sparsities: Sequence[float] = (0.0, 0.5, 0.65)
+    tokens: Sequence[int] = (1,)
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.dtypes if name not in DTYPES]
+        if unknown:
+            raise ConfigError(f"unknown dtype {unknown[0]!r}. Known: {', '.join(DTYPES)}.")
+        if any(t < 1 for t in self.tokens):
+            raise ConfigError("tokens are counted from 1")
+        for name in self.operators:
+            OPERATORS[name]
 
 
 def bench_kernels(
-    shapes: Sequence[tuple[int, int]] = PROJECTION_SHAPES,
-    dtypes: Sequence[str] = ("float32", "bfloat16"),
-    sparsities: Sequence[float] = (0.0, 0.5, 0.65),
-    backend: str = "auto",
-    rounds: int = 15,
-    show_progress: bool = True,
-) -> list[dict[str, Any]]:
-    """Time one token through one projection of every shape.
+    grid: Grid, effort: Effort = FULL, show_progress: bool = True
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Time operators at every point of a grid.
 
-    Each round runs, in turn: a plain read of the same buffers, ``F.linear`` on the usual N-major
-    weight, and ``sparse_linear`` at every sparsity; each call takes the next of enough buffers to
-    be cold. The result is compared with the reference first.
+    Each round runs, in turn: a plain read of the same buffers, the dense product of torch on the
+    usual N-major weight, and every backend at every sparsity; each call takes the buffers that
+    have been cold for longest. Every contender is compared with float64 first.
 
     Returns:
-        Rows of {backend, shape [N, K], dtype, sparsity, threads, time_us, own_dense_us,
-        torch_dense_us, speedup_vs_own_dense, speedup_vs_torch, bandwidth_gb_s, bandwidth_share,
-        spread}.
+        (rows, refusals). Rows of {operator, backend, device, shape [N, K], dtype, tokens,
+        sparsity, kept, threads, time_us, own_dense_us, torch_dense_us, read_us, bandwidth_gb_s,
+        bandwidth_share, speedup_vs_own_dense, speedup_vs_torch, speedup_vs_best_dense,
+        byte_ideal, low, high, disagreement, rounds, verdict, spread, break_even_sparsity,
+        break_even_tokens}; refusals of {backend, shape, dtype, reason}.
+
+    Raises:
+        WinaError: a backend is wrong; nothing is timed then.
     """
-    rows = []
-    for dtype_name in dtypes:
-        for shape in shapes:
-            rows += _bench_shape(shape, dtype_name, sparsities, backend, rounds, show_progress)
-    return rows
+    rows: list[dict[str, Any]] = []
+    refusals: list[dict[str, Any]] = []
+    device = torch.device(grid.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but torch sees no GPU")
+    for dtype in grid.dtypes:
+        for shape in grid.shapes:
+            layer = LayerSpec(device, DTYPES[dtype], shape[1], shape[0])
+            accepted, refused = _accepting(grid.backends, layer)
+            refusals += [
+                {"backend": name, "shape": list(shape), "dtype": dtype, "reason": reason}
+                for name, reason in refused.items()
+            ]
+            for name in grid.operators:
+                weights = ColdWeights(
+                    shape, OPERATORS[name].matrices, DTYPES[dtype], device, effort.cold_bytes
+                )
+                for tokens in grid.tokens:
+                    point = _Point(OPERATORS[name], accepted, weights, dtype, tokens, effort)
+                    rows += point.rows(grid.sparsities, show_progress)
+    _add_break_even(rows)
+    return rows, refusals
 
 
-def _bench_shape(
-    shape: tuple[int, int],
-    dtype_name: str,
-    sparsities: Sequence[float],
-    want: str,
-    rounds: int,
-    show_progress: bool,
-) -> list[dict[str, Any]]:
-    N, K = shape
-    dtype = DTYPES[dtype_name]
-    choice = choose(LayerSpec(torch.device("cpu"), dtype, K, N), want)
-    operator = choice.backend.sparse_linear
-    generator = torch.Generator().manual_seed(N * 31 + K)
-    one = N * K * dtype.itemsize
-    count = max(2, -(-COLD_BYTES // one))
-    # K-major buffers; the N-major weights of F.linear are the same memory read another way, which
-    # costs the same bytes.
-    buffers = [(torch.randn(K, N, generator=generator) * 0.02).to(dtype)]
-    buffers += [buffers[0].clone() for _ in range(count - 1)]
-    x = torch.randn(1, K, generator=generator).to(dtype)
-    thresholds = {s: threshold_for(x, s) for s in sparsities}
-    _gate(operator, x, buffers[0], thresholds, choice.backend.name)
+def _accepting(wanted: Sequence[str], layer: LayerSpec) -> tuple[list[Backend], dict[str, str]]:
+    """(backends that serve a layer, name → reason of those that refuse)."""
+    if tuple(wanted) != ("all",):
+        # A backend that is asked for by name and refuses is an error that says why.
+        chosen = {choice.backend.name: choice.backend for choice in
+                  (choose(layer, name) for name in wanted)}  # fmt: skip
+        return list(chosen.values()), {}
+    answers = {name: backend.refuses(layer) for name, backend in backends().items()}
+    return (
+        [backends()[name] for name, reason in answers.items() if reason is None],
+        {name: reason for name, reason in answers.items() if reason is not None},
+    )
 
-    state = {"next": 0}
 
-    def each(function: Callable[[Tensor], object], calls: int) -> Callable[[], float]:
-        def run() -> float:
-            start = time.perf_counter()
-            for _ in range(calls):
-                function(buffers[state["next"]])
-                state["next"] = (state["next"] + 1) % count
-            return (time.perf_counter() - start) / calls
+@dataclass(frozen=True)
+class _Point:
+    """One operator at one shape, dtype and number of tokens: what runs interleaved."""
 
-        return run
+    operator: Operator
+    backends: Sequence[Backend]
+    weights: ColdWeights
+    dtype: str
+    tokens: int
+    effort: Effort
 
-    calls = max(1, min(count, (128 << 20) // one))
-    contenders: dict[str, Callable[[], float | None]] = {
-        "read": each(plain_read, calls),
-        "torch": each(lambda w: F.linear(x, w.view(N, K)), calls),
-    }
-    for s, threshold in thresholds.items():
-        contenders[f"own {s}"] = each(lambda w, t=threshold: operator(x, w, t), calls)  # type: ignore[misc]
-    with torch.no_grad():
-        times = interleave(contenders, rounds, f"{dtype_name} {N}×{K}", show_progress)
-    own_dense = times.get("own 0.0")
-    rows = []
-    for s, threshold in thresholds.items():
-        own = times[f"own {s}"]
-        kept = int(reference.keep_mask(x, threshold).sum())
-        rows.append(
-            {
-                "backend": choice.backend.name,
-                "shape": [N, K],
-                "dtype": dtype_name,
-                "sparsity": s,
-                "kept": kept,
-                "threads": torch.get_num_threads(),
-                "time_us": own.median * 1e6,
-                "own_dense_us": own_dense.median * 1e6 if own_dense else None,
-                "torch_dense_us": times["torch"].median * 1e6,
-                "speedup_vs_own_dense": ratio(own_dense, own) if own_dense else None,
-                "speedup_vs_torch": ratio(times["torch"], own),
-                "bandwidth_gb_s": kept * N * dtype.itemsize / own.median / 1e9,
-                "bandwidth_share": _share(times["read"], own, kept / K),
-                "spread": own.spread,
+    def rows(self, sparsities: Sequence[float], show_progress: bool) -> list[dict[str, Any]]:
+        N, K = self.weights.shape
+        device = self.weights.buffers.device
+        x = inputs_for((N, K), self.tokens, DTYPES[self.dtype], device)
+        asked = dict.fromkeys((0.0, *sparsities))
+        thresholds = {s: threshold_for(x, s) for s in asked}
+        first = self.weights.buffers[0]
+        with torch.no_grad():
+            for backend in self.backends:
+                for threshold in thresholds.values():
+                    gate(self.operator, backend, x, self.weights.k_major(first, backend), threshold)
+            contenders: dict[str, Callable[[], float | None]] = {
+                "read": self._timed(plain_read),
+                "torch": self._timed(lambda buffer: self.operator.dense(x, list(buffer))),
             }
+            for backend in self.backends:
+                for s, threshold in thresholds.items():
+                    call = self._call(backend, x, threshold)
+                    contenders[f"{backend.name} {s}"] = self._timed(call)
+            title = f"{self.operator.name} {self.dtype} {N}×{K}, {self.tokens} tokens"
+            times = interleave(contenders, self.effort.rounds, title, show_progress)
+        kept = {s: kept_channels(x, threshold) for s, threshold in thresholds.items()}
+        return [
+            self._row(backend.name, s, kept[s], times)
+            for backend in self.backends
+            for s in dict.fromkeys(sparsities)
+        ]
+
+    def _call(self, backend: Backend, x: Tensor, threshold: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda buffer: self.operator.sparse(
+            backend, x, self.weights.k_major(buffer, backend), threshold
         )
-    return rows
+
+    def _timed(self, function: Callable[[Tensor], Tensor]) -> Callable[[], float]:
+        count = len(self.weights.buffers)
+        calls = max(1, min(count, self.effort.call_bytes // self.weights.bytes))
+        if self.weights.buffers.is_cuda:
+            return _on_gpu(function, self.weights, count)
+        return _on_cpu(function, self.weights, calls)
+
+    def _row(
+        self, backend: str, sparsity: float, kept: int, times: Mapping[str, Timing]
+    ) -> dict[str, Any]:
+        N, K = self.weights.shape
+        own, own_dense = times[f"{backend} {sparsity}"], times[f"{backend} 0.0"]
+        dense, read = times["torch"], times["read"]
+        against = compare(dense, own)
+        best = dense if dense.median <= own_dense.median else own_dense
+        return {
+            "operator": self.operator.name,
+            "backend": backend,
+            "device": self.weights.buffers.device.type,
+            "shape": [N, K],
+            "dtype": self.dtype,
+            "tokens": self.tokens,
+            "sparsity": sparsity,
+            "kept": kept,
+            "threads": torch.get_num_threads(),
+            "time_us": own.median * 1e6,
+            "own_dense_us": own_dense.median * 1e6,
+            "torch_dense_us": dense.median * 1e6,
+            "read_us": read.median * 1e6,
+            "bandwidth_gb_s": kept / K * self.weights.bytes / own.median / 1e9,
+            "bandwidth_share": ratio(read, own) * kept / K,
+            "speedup_vs_own_dense": ratio(own_dense, own),
+            "speedup_vs_torch": against.ratio,
+            "speedup_vs_best_dense": ratio(best, own),
+            "byte_ideal": K / kept if kept else None,
+            **claim(against, self.effort),
+            "spread": own.spread,
+        }
 
 
-def _share(read: Timing, own: Timing, kept: float) -> float:
-    """Bandwidth on kept bytes as a share of what a plain read of all bytes reaches."""
-    return ratio(read, own) * kept
+def _on_cpu(
+    function: Callable[[Tensor], Tensor], weights: ColdWeights, calls: int
+) -> Callable[[], float]:
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            function(weights.take())
+        return (time.perf_counter() - start) / calls
+
+    return run
 
 
-def plain_read(buffer: Tensor) -> Tensor:
-    """Read a buffer once and do next to nothing with it: the bandwidth ceiling.
+def _on_gpu(
+    function: Callable[[Tensor], Tensor], weights: ColdWeights, calls: int
+) -> Callable[[], float]:
+    """Seconds of a call inside a CUDA graph over all buffers: a model would not pay launches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compile and tune before the capture
+        for _ in range(3):
+            function(weights.take())
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function(weights.take())
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    The maximum of the bytes as 64-bit integers is a single vectorised pass in torch.
+    def run() -> float:
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / calls
+
+    return run
+
+
+def break_even(points: Sequence[tuple[float, float]]) -> float | None:
+    """The least x from which on y ≥ 1, between measured points by straight lines; None if never.
+
+    Args:
+        points: (x, y), such as (sparsity, speed-up over dense).
     """
-    return buffer.view(torch.int64).sum()
+    ordered = sorted(points)
+    if not ordered or ordered[-1][1] < 1.0:
+        return None
+    found = ordered[-1][0]
+    for (x0, y0), (x1, y1) in zip(reversed(ordered[:-1]), reversed(ordered[1:]), strict=True):
+        if y0 < 1.0:
+            return x0 + (1.0 - y0) / (y1 - y0) * (x1 - x0)
+        found = x0
+    return found
 
 
-def threshold_for(x: Tensor, sparsity: float) -> Tensor:
-    """A per-channel threshold vector [K] that drops this share of the channels of x [1, K]."""
-    K = x.shape[-1]
-    dropped = round(sparsity * K)
-    if dropped == 0:
-        return torch.full((K,), -1.0)
-    magnitude = x[0].abs().float()
-    order = magnitude.argsort()
-    threshold = torch.full((K,), -1.0)
-    threshold[order[:dropped]] = torch.inf
-    return threshold
-
-
-def _gate(
-    operator: Callable[..., Tensor],
-    x: Tensor,
-    weight: Tensor,
-    thresholds: dict[float, Tensor],
-    name: str,
-) -> None:
-    """No speed is reported for a kernel that is wrong."""
-    size = weight.double().abs()
-    for sparsity, threshold in thresholds.items():
-        got = operator(x, weight, threshold).double()
-        want = reference.sparse_linear(x.double(), weight.double(), threshold)
-        # One rounding of the output, and float32 accumulation over K terms.
-        bound = torch.finfo(x.dtype).eps * want.abs() + 3e-6 * (x.double().abs() @ size) + 1e-7
-        excess = float(((got - want).abs() - bound).max())
-        if not excess <= 0:
-            raise WinaError(
-                f"backend {name} exceeds its error bound by {excess:.3g} at sparsity {sparsity}: "
-                "not timing it"
-            )
-
-
-def print_kernels(rows: Sequence[dict[str, Any]]) -> None:
-    """A table for people, then the JSON line."""
-    table = Table(title="sparse_linear, one token, cold weights")
-    for column in (
-        "backend", "dtype", "[N, K]", "sparsity", "µs", "GB/s kept", "of read bandwidth",
-        "vs own dense", "vs F.linear", "spread",
-    ):  # fmt: skip
-        table.add_column(column, justify="right", no_wrap=True)
+def _add_break_even(rows: Sequence[dict[str, Any]]) -> None:
+    """Where sparse stops paying: over the sparsities of a row's kind, and over the tokens."""
+    kind = ("operator", "backend", "shape", "dtype")
     for row in rows:
-        against = row["speedup_vs_own_dense"]
-        table.add_row(
-            row["backend"], row["dtype"], "×".join(map(str, row["shape"])),
-            f"{row['sparsity']:.2f}", f"{row['time_us']:.0f}", f"{row['bandwidth_gb_s']:.1f}",
-            f"{row['bandwidth_share']:.0%}", f"{against:.2f}×" if against else "",
-            f"{row['speedup_vs_torch']:.2f}×", f"{row['spread']:.0%}",
+        same = [r for r in rows if all(r[field] == row[field] for field in kind)]
+        row["break_even_sparsity"] = break_even(
+            [(r["sparsity"], r["speedup_vs_torch"]) for r in same if r["tokens"] == row["tokens"]]
+        )
+        row["break_even_tokens"] = max(
+            (r["tokens"] for r in same
+             if r["sparsity"] == row["sparsity"] and r["speedup_vs_torch"] >= 1.0),
+            default=None,
         )  # fmt: skip
-    Console(width=130).print(table)
-    print(json.dumps({"rows": list(rows), "machine": machine_card()}))

@@ -1,13 +1,49 @@
-"""Timing on shared, noisy machines: interleaved rounds, medians, and a word about the noise."""
+"""Timing on shared, noisy machines: interleaved rounds, ratios by round, and a verdict on noise.
+
+A time says little where other work comes and goes; a ratio of two times taken next to each other
+says more. So contenders run in turn, in every round, and a claim is the median over the rounds of
+the ratio inside a round. Whoever reads a ratio also gets an interval for it, and is told when the
+first and the second half of the rounds disagree about it.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from wina.progress import progress
+
+# Halves of a run that disagree by more than this support no claim.
+NOISE_LIMIT = 0.05
+TOO_NOISY = "too noisy for the claim"
+TOO_FEW = "too few rounds for a claim"
+STEADY = "steady"
+_FEWEST = 4
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work a bench spends.
+
+    Attributes:
+        rounds: interleaved rounds after one of warming up.
+        cold_bytes: size of the weights rotated through, which must not fit into any cache.
+        call_bytes: weights read between two looks at the clock.
+        claims: False where the times are to show that a bench runs, and nothing else.
+    """
+
+    rounds: int
+    cold_bytes: int
+    call_bytes: int
+    claims: bool = True
+
+
+FULL = Effort(rounds=15, cold_bytes=512 << 20, call_bytes=128 << 20)
+QUICK = Effort(rounds=2, cold_bytes=1 << 20, call_bytes=1 << 18, claims=False)
 
 
 @dataclass(frozen=True)
@@ -30,9 +66,73 @@ class Timing:
         return (high - low) / self.median
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """How many times faster one contender is than another, with what is needed to believe it.
+
+    Attributes:
+        ratio: median of the ratios round by round.
+        low, high: an interval that holds the true median with at least 95 % where six rounds or
+            more were run; the extremes where fewer.
+        halves: the same median over the first and over the second half of the rounds.
+        rounds: how many there were.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    halves: tuple[float, float]
+    rounds: int
+
+    @property
+    def disagreement(self) -> float:
+        """Relative difference of the halves."""
+        first, second = self.halves
+        return abs(first - second) / min(first, second)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the ratio may be claimed."""
+        if self.rounds < _FEWEST:
+            return TOO_FEW
+        return TOO_NOISY if self.disagreement > NOISE_LIMIT else STEADY
+
+
+def compare(slow: Timing, fast: Timing) -> Comparison:
+    """Compare two contenders of the same interleaved run."""
+    ratios = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
+    middle = len(ratios) // 2
+    first = ratios[:middle] or ratios
+    return Comparison(
+        ratio=statistics.median(ratios),
+        low=(interval := median_interval(ratios))[0],
+        high=interval[1],
+        halves=(statistics.median(first), statistics.median(ratios[middle:])),
+        rounds=len(ratios),
+    )
+
+
 def ratio(slow: Timing, fast: Timing) -> float:
     """How many times faster ``fast`` is: the median of the ratios round by round."""
-    return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
+    return compare(slow, fast).ratio
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Bounds of the median by order statistics, which assumes no distribution.
+
+    The k-th smallest and k-th largest of n values enclose the median with probability
+    1 − 2·P(Binomial(n, ½) < k); the largest such k is taken, and 1 where none suffices.
+    """
+    ordered = sorted(values)
+    n = len(ordered)
+    tail, k = 0.0, 0
+    while k < n // 2:
+        tail += math.comb(n, k) / 2**n
+        if 2 * tail > 1.0 - confidence:
+            break
+        k += 1
+    k = max(k, 1)
+    return ordered[k - 1], ordered[n - k]
 
 
 def interleave(
@@ -44,12 +144,14 @@ def interleave(
     """Run every contender once a round, in turn, after one round of warming up.
 
     A contender may return the seconds it measured itself; otherwise its call is timed. Running in
-    turn makes a slow phase of the machine hit all alike, so ratios are steadier than times.
+    turn makes a slow phase of the machine hit all alike, so ratios are steadier than times. Every
+    second round goes backwards, so that nobody always follows the same neighbour.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders.items())
     with progress(title, (rounds + 1) * len(contenders), show_progress) as advance:
         for number in range(rounds + 1):
-            for name, contender in contenders.items():
+            for name, contender in order if number % 2 else reversed(order):
                 start = time.perf_counter()
                 measured = contender()
                 elapsed = time.perf_counter() - start if measured is None else measured
@@ -57,3 +159,29 @@ def interleave(
                     seconds[name].append(elapsed)
                 advance()
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def claim(comparison: Comparison, effort: Effort = FULL) -> dict[str, Any]:
+    """What a row says beside its ratio: {low, high, disagreement, rounds, verdict}."""
+    return {
+        "low": comparison.low,
+        "high": comparison.high,
+        "disagreement": comparison.disagreement,
+        "rounds": comparison.rounds,
+        "verdict": comparison.verdict if effort.claims else "quick: no claim",
+    }
+
+
+def noise_warnings(rows: Sequence[Mapping[str, Any]], what: Sequence[str]) -> list[str]:
+    """One line for people if rows are too noisy; ``what`` names the fields that identify a row."""
+    noisy = [row for row in rows if row.get("verdict") in (TOO_NOISY, TOO_FEW)]
+    if not noisy:
+        return []
+    worst = max(noisy, key=lambda row: row["disagreement"])
+    label = " ".join(str(worst[field]) for field in what)
+    return [
+        f"{len(noisy)} of {len(rows)} ratios are not to be claimed: halves of the rounds disagree "
+        f"by up to {worst['disagreement']:.0%} (limit {NOISE_LIMIT:.0%}; worst: {label}; fewest "
+        f"rounds: {min(row['rounds'] for row in noisy)}). Leave the machine alone and repeat, or "
+        "raise --rounds."
+    ]

@@ -30,7 +30,7 @@ def invoke(*arguments: str) -> str:
 @pytest.mark.parametrize(
     "command",
     [[], ["demo"], ["demo-model"], ["calibrate"], ["inspect"], ["generate"], ["bench", "kernels"],
-     ["bench", "decode"], ["eval", "ppl"]],
+     ["bench", "decode"], ["bench", "roofline"], ["bench", "plot"], ["eval", "ppl"]],
 )  # fmt: skip
 def test_help(command: list[str]) -> None:
     assert "Usage" in invoke(*command, "--help")
@@ -72,9 +72,8 @@ def test_demo(folder: str, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wina.bench.kernels.COLD_BYTES", 1 << 20)
-    out = invoke("bench", "kernels", "--shapes", "64x96", "--rounds", "2")
+def test_bench_kernels() -> None:
+    out = invoke("bench", "kernels", "--shapes", "64x96", "--quick")
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert [(r["dtype"], r["sparsity"]) for r in rows] == [
         (d, s) for d in ("float32", "bfloat16") for s in (0.0, 0.5, 0.65)
@@ -85,7 +84,7 @@ def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bench_decode(folder: str) -> None:
     out = invoke("bench", "decode", "--model", folder, "--new-tokens", "6", "--rounds", "1")
     rows = json.loads(out.splitlines()[-1])["rows"]
-    assert [row["method"] for row in rows] == ["dense", "wina"]
+    assert [row["method"] for row in rows] == ["dense", "teal", "wina"]
     assert rows[1]["byte_ideal"] > 1
     assert 0.2 < rows[1]["realised"] < 0.8
 

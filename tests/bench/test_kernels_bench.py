@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from wina.bench.devices import plain_read
+from wina.bench.kernels import Grid, bench_kernels, break_even
+from wina.bench.operators import (
+    DTYPES,
+    OPERATORS,
+    ColdWeights,
+    gate,
+    inputs_for,
+    kept_channels,
+    threshold_for,
+)
+from wina.bench.timing import QUICK
+from wina.errors import ConfigError, UnknownNameError, WinaError
+from wina.kernels import reference
+from wina.kernels.dispatch import Backend, ReferenceBackend, backends
+
+CPU = torch.device("cpu")
+
+
+def test_every_point_of_the_grid_becomes_a_row() -> None:
+    grid = Grid(
+        shapes=((33, 48),), operators=list(OPERATORS), backends=("all",), dtypes=list(DTYPES),
+        sparsities=(0.5,), tokens=(1, 2),
+    )  # fmt: skip
+    rows, refusals = bench_kernels(grid, QUICK, show_progress=False)
+    served = {row["backend"] for row in rows}
+    assert served | {refusal["backend"] for refusal in refusals} == set(backends())
+    assert len(rows) == len(served) * len(list(OPERATORS)) * len(DTYPES) * 2
+    for row in rows:
+        assert row["shape"] == [33, 48]
+        assert row["sparsity"] == 0.5
+        assert row["own_dense_us"] > 0
+        assert row["low"] <= row["speedup_vs_torch"] <= row["high"]
+        assert row["verdict"] == "quick: no claim"
+        bytes_ = {"float32": 4}.get(row["dtype"], 2) * 33 * row["kept"]
+        bytes_ *= OPERATORS[row["operator"]].matrices
+        assert row["bandwidth_gb_s"] == pytest.approx(bytes_ / row["time_us"] / 1e3)
+    assert {row["kept"] for row in rows if row["tokens"] == 1} == {24}
+    assert all(24 < row["kept"] <= 48 for row in rows if row["tokens"] == 2)  # the union
+
+
+class _Wrong(ReferenceBackend):
+    name = "wrong"
+
+    @staticmethod
+    def sparse_linear(*arguments: Tensor) -> Tensor:
+        return reference.sparse_linear(*arguments) * 1.01
+
+    @staticmethod
+    def sparse_gate_up(*arguments: Tensor) -> Tensor:
+        return reference.sparse_gate_up(*arguments) * 1.01  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", list(OPERATORS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_red_gate_stops_the_bench(name: str, dtype: torch.dtype) -> None:
+    weights = ColdWeights((64, 96), OPERATORS[name].matrices, dtype, CPU, 1)
+    x = inputs_for((64, 96), 2, dtype, CPU)
+    threshold = threshold_for(x, 0.5)
+
+    def check(backend: Backend) -> None:
+        k_major = weights.k_major(weights.buffers[0], backend)
+        gate(OPERATORS[name], backend, x, k_major, threshold)
+
+    check(ReferenceBackend())
+    with pytest.raises(WinaError, match="not timing it"):
+        check(_Wrong())
+
+
+def test_wrong_backend_gets_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wina.bench.kernels.backends", lambda: {"wrong": _Wrong()})
+    with pytest.raises(WinaError, match="backend wrong exceeds"):
+        bench_kernels(Grid(shapes=((16, 32),), backends=("all",)), QUICK, show_progress=False)
+
+
+def test_cold_weights_rotate_and_serve_both_layouts() -> None:
+    weights = ColdWeights((3, 5), 2, torch.float32, CPU, 1000)
+    assert weights.bytes == 120
+    assert len(weights.buffers) == 9
+    taken = [weights.take().data_ptr() for _ in range(10)]
+    assert len(set(taken)) == 9
+    assert taken[9] == taken[0]
+    buffer = weights.take()
+    straight = weights.k_major(buffer, ReferenceBackend())
+    assert [tuple(w.shape) for w in straight] == [(5, 3), (5, 3)]
+    assert torch.equal(straight[1], buffer[1].t())
+
+    class KMajor(ReferenceBackend):
+        k_major = True
+
+    turned = weights.k_major(buffer, KMajor())
+    assert all(w.is_contiguous() and w.shape == (5, 3) for w in turned)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_thresholds_drop_what_was_asked(sparsity: float, tokens: int) -> None:
+    x = inputs_for((1, 256), tokens, torch.float32, CPU)
+    kept = reference.keep_mask(x, threshold_for(x, sparsity))
+    assert float((~kept).float().mean()) == pytest.approx(sparsity, abs=0.002)
+    assert kept_channels(x, threshold_for(x, sparsity)) == int(kept.any(0).sum())
+    with pytest.raises(ConfigError, match="share"):
+        threshold_for(x, 1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_read_takes_odd_sizes(dtype: torch.dtype) -> None:
+    for buffer in torch.zeros(3, 5, 7, dtype=dtype):
+        assert plain_read(buffer) == 0
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([(0.0, 0.8), (0.5, 1.2)], 0.25),
+        ([(0.5, 1.2), (0.0, 0.8), (0.65, 1.5)], 0.25),
+        ([(0.0, 1.1), (0.5, 1.2)], 0.0),
+        ([(0.0, 0.5), (0.5, 0.9)], None),
+        ([(0.0, 1.2), (0.25, 0.9), (0.5, 1.1)], 0.375),  # it must hold from there on
+        ([], None),
+    ],
+)
+def test_break_even(points: list[tuple[float, float]], expected: float | None) -> None:
+    assert break_even(points) == (None if expected is None else pytest.approx(expected))
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ConfigError, match="int3"):
+        Grid(dtypes=("int3",))
+    with pytest.raises(ConfigError, match="counted from 1"):
+        Grid(tokens=(0,))
+    with pytest.raises(UnknownNameError, match="sparse_linear"):
+        Grid(operators=("sparse_line",))
+    with pytest.raises(UnknownNameError, match="Known: auto"):
+        bench_kernels(Grid(backends=("cuda",)), QUICK, show_progress=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no GPU"):
+            bench_kernels(replace(Grid(), device="cuda"), QUICK, show_progress=False)
