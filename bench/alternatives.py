@@ -16,11 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from wina.bench.kernels import COLD_BYTES, DTYPES, threshold_for
 from wina.bench.machine import machine_card
+from wina.bench.operators import DTYPES, ColdWeights, threshold_for
 from wina.bench.timing import interleave, ratio
 from wina.kernels import reference
 from wina.kernels.dispatch import LayerSpec, choose
+
+COLD_BYTES = 512 << 20
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -62,15 +64,13 @@ def run(N: int = 4096, K: int = 4096, rounds: int = 7) -> None:
             "gather rows, then multiply": gather,
             "Inductor, mask-multiply-sum": torch.compile(broadcast_sum),
         }
-        count = max(2, -(-COLD_BYTES // (N * K * dtype.itemsize)))
-        weights = [(torch.randn(K, N) * 0.02).to(dtype) for _ in range(count)]
+        weights = ColdWeights((N, K), 1, dtype, torch.device("cpu"), COLD_BYTES)
         x = torch.randn(1, K).to(dtype)
         threshold = threshold_for(x, 0.5)
-        turn = iter(range(10**9))
 
         def contender(product: Product, x: Tensor, threshold: Tensor) -> Callable[[], float]:
             def call() -> float:
-                weight = weights[next(turn) % len(weights)]  # noqa: B023 - called in this pass
+                weight = weights.take()[0].view(K, N)  # noqa: B023 - called in this pass
                 start = time.perf_counter()
                 product(x, weight, threshold)
                 return time.perf_counter() - start

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from wina.bench.kernels import DTYPES
 from wina.bench.machine import machine_card
+from wina.bench.operators import DTYPES
 from wina.bench.timing import interleave, ratio
 from wina.kernels.dispatch import LayerSpec, choose
 
