@@ -24,7 +24,7 @@ from wina.progress import progress
 COPY_BYTES = 16
 
 
-def candidates(kernel: str, many: bool, K: int, shared_limit: int) -> Iterator[Launch]:
+def candidates(kernel: str, K: int, shared_limit: int) -> Iterator[Launch]:
     """Configurations that fit the card's shared memory (bytes of one block).
 
     ``sparse_gate_up`` never splits K: h is written once.
@@ -33,7 +33,7 @@ def candidates(kernel: str, many: bool, K: int, shared_limit: int) -> Iterator[L
         for block_k in (32, 64, 128, 256):
             for warps in (4, 8):
                 tile = row_bytes * block_k
-                if tile < COPY_BYTES * 32 * warps or tile > 2048 * warps * (2 if many else 1):
+                if tile < COPY_BYTES * 32 * warps or tile > 4096 * warps:
                     continue
                 for stages in (3, 4, 5, 6):
                     # The weight tiles, and a twelfth more for x and thresholds.
@@ -68,7 +68,7 @@ def tune(
     for kernel in kernels():
         for N, K in shapes:
             for tokens in (1, 8):
-                found = list(candidates(kernel, tokens > 1, K, limit))
+                found = list(candidates(kernel, K, limit))
                 best = _fastest(
                     kernel, found, tokens, K, N, DTYPES[dtype], sparsity, device, show_progress
                 )
