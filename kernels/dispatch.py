@@ -34,6 +34,7 @@ class Backend(ABC):
     Attributes:
         device: type of device it serves, None for all. A choice names the refusals of the
             backends that are for the layer's device.
+        max_tokens: tokens of a call above which it is a masked dense product, None for no limit.
         k_major: whether weights must lie K-major in memory. Every operator takes them as a
             matrix [K, N]; a backend that is not ``k_major`` reads the transposed view of the
             usual [N, K] layout.
@@ -42,6 +43,7 @@ class Backend(ABC):
 
     name: str
     device: str | None
+    max_tokens: int | None = None
     k_major: bool
     dense_linear: Callable[..., Tensor]
     sparse_linear: Callable[..., Tensor]
@@ -60,6 +62,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     device = "cuda"
+    max_tokens = triton.MAX_TOKENS
     k_major = True
     # cuBLAS reads both layouts at full speed.
     dense_linear = staticmethod(reference.dense_linear)
@@ -146,6 +149,11 @@ def choose(layer: LayerSpec, want: str = "auto") -> Choice:
             continue
         refusal = backend.refuses(layer)
         if refusal is None:
-            return Choice(backend, "; ".join(refusals) or "fastest here")
+            return Choice(backend, "; ".join(refusals or ["fastest here"]) + _limit(backend))
         refusals.append(f"{backend.name}: {refusal}")
     raise AssertionError("the reference backend serves every layer")
+
+
+def _limit(backend: Backend) -> str:
+    most = backend.max_tokens
+    return "" if most is None else f"; masked dense above {most} tokens"

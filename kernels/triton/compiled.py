@@ -73,6 +73,7 @@ class Resources:
         shared: bytes of shared memory of a program.
         loads: width in bytes of a thread's load → how many there are; weights are 16 wide, x
             and thresholds of one token 4 or narrower (x of several tokens is 16 wide as well).
+        unmasked: 16-byte copies that carry no source size, hence read rows that nobody keeps.
         instructions: machine instructions of the innermost loop's body.
         resident: programs that fit on a multiprocessor.
     """
@@ -81,6 +82,7 @@ class Resources:
     spilled: int
     shared: int
     loads: dict[int, int]
+    unmasked: int
     instructions: int
     resident: int
 
@@ -178,6 +180,7 @@ def compile_variant(variant: Variant, capability: int) -> Resources:
         spilled,
         shared,
         global_loads(binary.asm["ptx"]),
+        unmasked_copies(binary.asm["ptx"]),
         loop_instructions(binary.asm["cubin"]),
         resident,
     )
@@ -194,6 +197,12 @@ def global_loads(ptx: str) -> dict[int, int]:
         elif plain:
             found[int(plain.group(1) or 1) * int(plain.group(2)) // 8] += 1
     return dict(found)
+
+
+def unmasked_copies(ptx: str) -> int:
+    """16-byte asynchronous copies of a fixed source size; a masked one is told 0 or 16."""
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?0x10\s*(,\s*%r\d+)?", ptx)
+    return sum(not source_size for source_size in copies)
 
 
 def wide_weight_loads(variant: Variant) -> int:

@@ -48,7 +48,7 @@ def test_a_usable_card_is_served_and_others_say_why(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert choose(CUDA).backend.name == "triton"
-    assert choose(CUDA).reason == "fastest here"
+    assert choose(CUDA).reason == "fastest here; masked dense above 16 tokens"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     choice = choose(CUDA)
     assert choice.backend.name == "reference"

@@ -28,6 +28,7 @@ def check(variant: Variant, target: int) -> None:
     assert use.spilled == 0, "spills registers to local memory"
     assert use.shared <= compiled.SHARED_PER_BLOCK[target]
     assert use.resident >= 2, "one program cannot hide its own barriers"
+    assert use.unmasked == 0, "reads rows that no token keeps"
     assert use.loads.get(16, 0) >= compiled.wide_weight_loads(variant), (
         f"weight loads are narrower than 16 bytes a thread: {use.loads}"
     )
@@ -65,3 +66,5 @@ def test_the_loads_counted_are_those_in_ptx() -> None:
     ld.global.L1::evict_first.v4.b32 { %r3, %r4, %r5, %r6 }, [ %rd3 + 0 ];
     """
     assert compiled.global_loads(ptx) == {16: 2, 4: 1, 2: 1}
+    assert compiled.unmasked_copies(ptx) == 0
+    assert compiled.unmasked_copies("cp.async.cg.shared.global [ %r1 ], [ %rd1 ], 0x10;") == 1
