@@ -299,6 +299,21 @@ def without_options(arguments: Sequence[str], options: Sequence[str]) -> list[st
     return kept
 
 
+@app.command("tune")
+def bench_tune_command(
+    shapes: Annotated[str, typer.Option(help="N×K pairs as in 4096x4096,14336x4096")] = "",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    output: Annotated[Path | None, typer.Option(help="Folder; default: the package's.")] = None,
+) -> None:
+    """Measure launch configurations of the Triton kernels on this card and keep the fastest."""
+    from wina.bench.shapes import PROJECTION_SHAPES
+    from wina.bench.tune import print_tuned, tune
+    from wina.kernels.triton.config import FOLDER
+
+    pairs = [_shape(pair) for pair in names(shapes)]
+    print_tuned(tune(pairs or PROJECTION_SHAPES, dtype, folder=output or FOLDER))
+
+
 def _shape(pair: str) -> tuple[int, int]:
     rows, x, columns = pair.partition("x")
     if not (x and rows.isdigit() and columns.isdigit()):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wina.errors import ConfigError, UnknownNameError
-from wina.kernels import cpu, ops, reference
+from wina.kernels import cpu, ops, reference, triton
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class Backend(ABC):
     """A kernel family.
 
     Attributes:
+        device: type of device it serves, None for all. A choice names the refusals of the
+            backends that are for the layer's device.
+        max_tokens: tokens of a call above which it is a masked dense product, None for no limit.
         k_major: whether weights must lie K-major in memory. Every operator takes them as a
             matrix [K, N]; a backend that is not ``k_major`` reads the transposed view of the
             usual [N, K] layout.
@@ -39,6 +42,8 @@ class Backend(ABC):
     """
 
     name: str
+    device: str | None
+    max_tokens: int | None = None
     k_major: bool
     dense_linear: Callable[..., Tensor]
     sparse_linear: Callable[..., Tensor]
@@ -49,10 +54,35 @@ class Backend(ABC):
         """Why this backend cannot serve the layer, or None if it can."""
 
 
+class TritonBackend(Backend):
+    """Triton kernels that read only the kept rows (``kernels/triton``).
+
+    Above ``triton.MAX_TOKENS`` tokens a call is a masked dense product.
+    """
+
+    name = "triton"
+    device = "cuda"
+    max_tokens = triton.MAX_TOKENS
+    k_major = True
+    # cuBLAS reads both layouts at full speed.
+    dense_linear = staticmethod(reference.dense_linear)
+    sparse_linear = staticmethod(ops.sparse_linear)
+    sparse_gate_up = staticmethod(ops.sparse_gate_up)
+
+    def refuses(self, layer: LayerSpec) -> str | None:
+        """Not on CUDA, a dtype without a kernel, too old a card, or no usable Triton."""
+        if layer.device.type != "cuda":
+            return f"the layer is on {layer.device}"
+        if layer.dtype not in triton.DTYPES:
+            return f"no kernel for {layer.dtype}"
+        return triton.refuses_card(layer.device) or triton.load()
+
+
 class CpuBackend(Backend):
     """Compiled kernels that read only the kept rows (``kernels/cpu``)."""
 
     name = "cpu"
+    device = "cpu"
     k_major = True
     dense_linear = staticmethod(cpu.dense_linear)
     sparse_linear = staticmethod(ops.sparse_linear)
@@ -71,6 +101,7 @@ class ReferenceBackend(Backend):
     """Plain torch: masks x and multiplies densely. Right everywhere, faster nowhere."""
 
     name = "reference"
+    device = None
     k_major = False
     dense_linear = staticmethod(reference.dense_linear)
     sparse_linear = staticmethod(reference.sparse_linear)
@@ -84,7 +115,9 @@ class ReferenceBackend(Backend):
 @cache
 def backends() -> dict[str, Backend]:
     """Name → backend, the fastest first."""
-    return {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
+    return {
+        backend.name: backend for backend in (TritonBackend(), CpuBackend(), ReferenceBackend())
+    }
 
 
 @dataclass(frozen=True)
@@ -112,8 +145,15 @@ def choose(layer: LayerSpec, want: str = "auto") -> Choice:
         return Choice(known[want], "asked for")
     refusals: list[str] = []
     for backend in known.values():
+        if backend.device not in (None, layer.device.type):
+            continue
         refusal = backend.refuses(layer)
         if refusal is None:
-            return Choice(backend, "; ".join(refusals) or "fastest here")
+            return Choice(backend, "; ".join(refusals or ["fastest here"]) + _limit(backend))
         refusals.append(f"{backend.name}: {refusal}")
     raise AssertionError("the reference backend serves every layer")
+
+
+def _limit(backend: Backend) -> str:
+    most = backend.max_tokens
+    return "" if most is None else f"; masked dense above {most} tokens"

@@ -29,7 +29,8 @@ _LIBRARY.define(
 )
 
 
-def _refuse_gradient(name: str, *tensors: Tensor | None) -> None:
+def refuse_gradient(name: str, *tensors: Tensor | None) -> None:
+    """Raise if autograd would have to differentiate an operator that has no backward."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(
             f"wina::{name} has no backward; call it under torch.no_grad(), or use "
@@ -37,7 +38,14 @@ def _refuse_gradient(name: str, *tensors: Tensor | None) -> None:
         )
 
 
-def _check_linear(x: Tensor, weight: Tensor, threshold: Tensor) -> None:
+def check_linear(
+    x: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    """Raise a RuntimeError that names the argument whose shape or dtype does not fit."""
     if weight.dim() != 2 or threshold.dim() != 1 or x.dim() < 1:
         raise RuntimeError(
             "expected x [..., K], weight [K, N] and threshold [K], got shapes "
@@ -53,6 +61,27 @@ def _check_linear(x: Tensor, weight: Tensor, threshold: Tensor) -> None:
             f"x and weight must share a dtype and threshold be float32, got {x.dtype}, "
             f"{weight.dtype} and {threshold.dtype}"
         )
+    if bias is not None and (bias.shape != weight.shape[1:] or bias.dtype != x.dtype):
+        raise RuntimeError(
+            f"bias must be [{weight.shape[1]}] {x.dtype}, got {tuple(bias.shape)} {bias.dtype}"
+        )
+    if scale is not None and (scale.shape != x.shape[:-1] or scale.dtype != torch.float32):
+        raise RuntimeError(
+            f"scale must be {tuple(x.shape[:-1])} torch.float32, one a token, got "
+            f"{tuple(scale.shape)} {scale.dtype}"
+        )
+
+
+def check_gated(gate: Tensor, up: Tensor, activation: str) -> None:
+    """Raise a RuntimeError if gate and up differ in shape or the activation is unknown."""
+    if gate.shape != up.shape:
+        raise RuntimeError(
+            f"gate and up must share a shape [K, N], got {tuple(gate.shape)} and {tuple(up.shape)}"
+        )
+    if activation not in reference.ACTIVATIONS:
+        raise RuntimeError(
+            f"unknown activation {activation!r}; known: {', '.join(reference.ACTIVATIONS)}"
+        )
 
 
 def _default_sparse_linear(
@@ -62,8 +91,8 @@ def _default_sparse_linear(
     bias: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    _refuse_gradient("sparse_linear", x, weight, bias)
-    _check_linear(x, weight, threshold)
+    refuse_gradient("sparse_linear", x, weight, bias)
+    check_linear(x, weight, threshold, bias, scale)
     return reference.sparse_linear(x, weight, threshold, bias, scale)
 
 
@@ -79,13 +108,10 @@ def _default_sparse_gate_up(
     gate_scale: Tensor | None = None,
     up_scale: Tensor | None = None,
 ) -> Tensor:
-    _refuse_gradient("sparse_gate_up", x, gate, up, gate_bias, up_bias)
-    _check_linear(x, gate, gate_threshold)
-    _check_linear(x, up, up_threshold)
-    if activation not in reference.ACTIVATIONS:
-        raise RuntimeError(
-            f"unknown activation {activation!r}; known: {', '.join(reference.ACTIVATIONS)}"
-        )
+    refuse_gradient("sparse_gate_up", x, gate, up, gate_bias, up_bias)
+    check_linear(x, gate, gate_threshold, gate_bias, gate_scale)
+    check_linear(x, up, up_threshold, up_bias, up_scale)
+    check_gated(gate, up, activation)
     return reference.sparse_gate_up(
         x, gate, up, gate_threshold, up_threshold, activation,
         gate_bias, up_bias, gate_scale, up_scale,
@@ -99,7 +125,7 @@ def _fake_sparse_linear(
     bias: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    _check_linear(x, weight, threshold)
+    check_linear(x, weight, threshold, bias, scale)
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
 
@@ -115,8 +141,9 @@ def _fake_sparse_gate_up(
     gate_scale: Tensor | None = None,
     up_scale: Tensor | None = None,
 ) -> Tensor:
-    _check_linear(x, gate, gate_threshold)
-    _check_linear(x, up, up_threshold)
+    check_linear(x, gate, gate_threshold, gate_bias, gate_scale)
+    check_linear(x, up, up_threshold, up_bias, up_scale)
+    check_gated(gate, up, activation)
     return x.new_empty((*x.shape[:-1], gate.shape[1]))
 
 

@@ -272,7 +272,7 @@ def test_wrong_calls(llama: nn.Module) -> None:
         wina.sparsify(llama, 0.5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="sparsty"):
         wina.sparsify(llama, sparsty=0.5)
-    with pytest.raises(wina.WinaError, match="Known: auto, cpu, reference"):
+    with pytest.raises(wina.WinaError, match="Known: auto, triton, cpu, reference"):
         wina.sparsify(llama, plan, backend="gpu")
     assert not is_patched(llama)
 

@@ -24,5 +24,5 @@ def test_refusals_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wanted_backend() -> None:
     assert choose(LAYER, "reference").reason == "asked for"
-    with pytest.raises(UnknownNameError, match="Known: auto, cpu, reference"):
+    with pytest.raises(UnknownNameError, match="Known: auto, triton, cpu, reference"):
         choose(LAYER, "cuda")

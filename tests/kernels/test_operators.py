@@ -6,16 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_cases import DTYPES, assert_equal_up_to_rounding, case, exact
 from torch import Tensor
 
 from wina.kernels import cpu, ops, reference
 from wina.kernels.dispatch import backends
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 2, 63, 192, 576, 1000, 4097]
 TOKENS = [1, 2, 3, 5, 8, 16, 17]
 
-BACKENDS = list(backends())
+# Backends of other devices have their own suites (test_triton_*.py).
+BACKENDS = [name for name, backend in backends().items() if backend.device in (None, "cpu")]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -23,45 +24,6 @@ def backend(request: pytest.FixtureRequest) -> object:
     if request.param == "cpu" and (reason := cpu.load()) is not None:
         pytest.fail(f"the native kernels cannot be built here: {reason}")
     return backends()[request.param]
-
-
-def case(
-    T: int, K: int, N: int, dtype: torch.dtype, sparsity: float, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, K], weight [K, N], threshold [K] that drops about ``sparsity`` of the channels."""
-    generator = torch.Generator().manual_seed(seed + 7 * T + 11 * K + 13 * N)
-    x = torch.randn(T, K, generator=generator).to(dtype)
-    weight = torch.randn(K, N, generator=generator).to(dtype)
-    c = torch.rand(K, generator=generator) + 0.5
-    scores = (x.abs().float() * c).flatten()
-    if sparsity == 0:
-        threshold = torch.full((K,), -1.0)
-    elif sparsity == 1:
-        threshold = torch.full((K,), torch.inf)
-    else:
-        threshold = scores.quantile(sparsity) / c if scores.numel() else torch.zeros(K)
-    return x, weight, threshold
-
-
-def exact(
-    x: Tensor,
-    weight: Tensor,
-    threshold: Tensor,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> Tensor:
-    """The definition in float64, from the mask that float32 comparison gives."""
-    keep = reference.keep_mask(x, threshold, scale)
-    y = torch.where(keep, x, 0.0).double() @ weight.double()
-    return y if bias is None else y + bias.double()
-
-
-def assert_equal_up_to_rounding(got: Tensor, want: Tensor, x: Tensor, weight: Tensor) -> None:
-    """|error| ≤ one rounding of the output + float32 accumulation over K terms."""
-    assert got.dtype == x.dtype
-    bound = x.double().abs() @ weight.double().abs()
-    tolerance = torch.finfo(x.dtype).eps * want.abs() + 3e-6 * bound + 1e-7
-    assert ((got.double() - want).abs() <= tolerance).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,130 @@
+"""Bytes and instructions of the Triton kernels by model and card: ``python -m wina.bench.traffic``.
+
+Counted, not measured: bytes from shapes and launch configurations, instructions from the loop of
+the cubin that the compiler makes for the card. No card is needed and no time is printed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+
+from rich.console import Console
+from rich.table import Table
+
+from wina.kernels.triton.config import Card, choose
+
+
+@dataclass(frozen=True)
+class Published:
+    """Data sheet of a card: DRAM bytes per second, boost clock in Hz, warp schedulers of an SM."""
+
+    card: Card
+    capability: int
+    bandwidth: float
+    clock: float
+    schedulers: int = 4
+
+
+CARDS = (
+    Published(Card("A100 SXM 80 GB", 108), 80, 2.039e12, 1.41e9),
+    Published(Card("H100 SXM", 132), 90, 3.35e12, 1.98e9),
+    Published(Card("RTX 4090", 128), 89, 1.008e12, 2.52e9),
+)
+
+# (model, kernel, what it computes, K, N of one weight)
+CALLS = (
+    ("Llama-3-8B", "sparse_linear", "q, o", 4096, 4096),
+    ("Llama-3-8B", "sparse_linear", "k, v", 4096, 1024),
+    ("Llama-3-8B", "sparse_gate_up", "gate and up", 4096, 14336),
+    ("Llama-3-8B", "sparse_linear", "down", 14336, 4096),
+    ("Qwen2.5-7B", "sparse_linear", "q, o", 3584, 3584),
+    ("Qwen2.5-7B", "sparse_linear", "k, v", 3584, 512),
+    ("Qwen2.5-7B", "sparse_gate_up", "gate and up", 3584, 18944),
+    ("Qwen2.5-7B", "sparse_linear", "down", 18944, 3584),
+)
+ITEMSIZE = 2
+SPARSITY = 0.5
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One call of one bfloat16 token.
+
+    Attributes:
+        dense_bytes: weight bytes at sparsity 0; ``kept_bytes`` at 50 %.
+        other_bytes: x, thresholds and output once, float32 partial sums written and read.
+        cached_bytes: x and thresholds that programs read again, served by the caches.
+        programs: of the product's launch; ``k_splits`` of them share a column tile.
+        loads: 16-byte weight copies issued, masked off or not, for the whole call.
+        instructions: warp instructions of the loop for the whole call.
+        issue_share: share of the card's issue slots that the loop needs while kept bytes stream
+            at the data sheet's bandwidth; above 1 the instructions, not DRAM, are the limit.
+    """
+
+    model: str
+    call: str
+    shape: tuple[int, int]
+    card: str
+    dense_bytes: int
+    kept_bytes: int
+    other_bytes: int
+    cached_bytes: int
+    programs: int
+    k_splits: int
+    loads: int
+    instructions: int
+    issue_share: float
+
+
+def count(model: str, kernel: str, call: str, K: int, N: int, on: Published) -> Traffic:
+    """Count one call on one card."""
+    from wina.kernels.triton.compiled import Variant, compile_variant
+
+    launch = choose(kernel, on.card, 1, K, N, ITEMSIZE)
+    splits, _ = launch.splits(K)
+    products = 2 if kernel == "sparse_gate_up" else 1
+    tiles = -(-N // launch.block_n(ITEMSIZE))
+    dense = products * K * N * ITEMSIZE
+    kept = round(dense * (1 - SPARSITY))
+    inputs = K * (ITEMSIZE + 4 * products)
+    partial = 2 * splits * N * 4 if splits > 1 else 0
+    iterations = products * tiles * -(-K // launch.block_k)
+    loop = compile_variant(
+        Variant(kernel, "bfloat16", False, replace(launch, k_splits=1), splits=splits),
+        on.capability,
+    ).instructions
+    instructions = iterations * loop * launch.warps
+    seconds = kept / on.bandwidth
+    slots = on.card.sms * on.schedulers * on.clock * seconds
+    return Traffic(
+        model, call, (N, K), on.card.name, dense, kept, inputs + N * ITEMSIZE + partial,
+        products * tiles * K * (ITEMSIZE + 4) - inputs,
+        tiles * splits, splits, dense // 16, instructions, instructions / slots,
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Print the table, then one JSON line."""
+    rows = [count(*call, on) for on in CARDS for call in CALLS]
+    table = Table(title="one bfloat16 token, counted")
+    for column in (
+        "card", "model", "call", "[N, K]", "dense MB", "kept MB at 50 %", "other KB",
+        "from caches MB", "programs (K splits)", "16-byte copies", "warp instructions",
+        "issue slots at full bandwidth",
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row.card, row.model, row.call, "×".join(map(str, row.shape)),
+            f"{row.dense_bytes / 1e6:.1f}", f"{row.kept_bytes / 1e6:.1f}",
+            f"{row.other_bytes / 1e3:.0f}", f"{row.cached_bytes / 1e6:.1f}",
+            f"{row.programs} ({row.k_splits})", f"{row.loads / 1e6:.2f} M",
+            f"{row.instructions / 1e6:.2f} M", f"{row.issue_share:.0%}",
+        )  # fmt: skip
+    Console(width=170).print(table)
+    print(json.dumps({"rows": [asdict(row) for row in rows]}))
+
+
+if __name__ == "__main__":
+    main()

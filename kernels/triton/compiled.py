@@ -1,0 +1,279 @@
+"""What the compiler makes of the kernels, without a card.
+
+``python -m wina.kernels.triton.compiled`` prints the table.
+
+Compiles a kernel ahead of time for a compute capability and reads, off PTX and cubin, registers,
+spills, shared memory and the width of weight loads. It knows nothing of running kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from wina.kernels import reference
+from wina.kernels.triton import gate_up, sparse_linear
+from wina.kernels.triton.config import Launch, shipped
+
+TARGETS = (80, 86, 89, 90, 100)
+# Largest shared memory of one block in bytes (CUDA C++ programming guide, "Technical
+# specifications per compute capability"), and of one multiprocessor.
+SHARED_PER_BLOCK = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_PER_SM = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10}
+THREADS_PER_SM = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048}
+REGISTERS_PER_SM = 65536
+_POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation: a kernel's configuration with its optional arguments."""
+
+    kernel: str
+    dtype: str
+    many: bool
+    launch: Launch
+    extras: bool = False
+    activation: str = "silu"
+    align: int = 16
+    splits: int = 1
+
+    def __str__(self) -> str:
+        options = (
+            self.kernel, self.dtype, "many" if self.many else "one",
+            f"{self.launch.row_bytes}Bx{self.launch.block_k}",
+            f"w{self.launch.warps}", f"s{self.launch.stages}",
+            self.activation if "gate" in self.kernel else "", "extras" if self.extras else "",
+            "" if self.splits == 1 else f"splits{self.splits}",
+            "" if self.align == 16 else f"align{self.align}",
+        )  # fmt: skip
+        return " ".join(option for option in options if option)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled variant uses.
+
+    Attributes:
+        registers: of a thread.
+        spilled: bytes of local memory and stack of a thread.
+        shared: bytes of shared memory of a program.
+        loads: width in bytes of a thread's load → how many there are; weights are 16 wide, x
+            and thresholds of one token 4 or narrower (x of several tokens is 16 wide as well).
+        unmasked: 16-byte copies that carry no source size, hence read rows that nobody keeps.
+        instructions: machine instructions of the innermost loop's body.
+        resident: programs that fit on a multiprocessor.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    loads: dict[int, int]
+    unmasked: int
+    instructions: int
+    resident: int
+
+
+def variants(thorough: bool) -> Iterator[Variant]:
+    """Every shipped configuration: with plain arguments, or all argument combinations."""
+    for dtype in _POINTERS:
+        for many in (False, True):
+            for launch in shipped("sparse_linear", many, _BYTES[dtype]):
+                yield Variant("sparse_linear", dtype, many, launch)
+                if thorough:
+                    yield Variant("sparse_linear", dtype, many, launch, extras=True)
+                    yield Variant("sparse_linear", dtype, many, launch, splits=4)
+            for launch in shipped("sparse_gate_up", many, _BYTES[dtype]):
+                yield Variant("sparse_gate_up", dtype, many, launch)
+                if thorough:
+                    for activation in reference.ACTIVATIONS:
+                        yield Variant("sparse_gate_up", dtype, many, launch, True, activation)
+    yield Variant("add_splits", "bfloat16", False, Launch(512, 1, 2, 1), extras=True, splits=8)
+
+
+def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    """Kernel, constants and the types of the other arguments."""
+    pointer, launch = _POINTERS[variant.dtype], variant.launch
+    sizes = {
+        "ALIGN": variant.align,
+        "K_ALIGN": variant.align,
+        "BLOCK_T": launch.block_t(2 if variant.many else 1),
+        "BLOCK_K": launch.block_k,
+        "BLOCK_N": launch.block_n(_BYTES[variant.dtype]),
+        "STAGES": launch.stages,
+    }
+    if variant.kernel == "add_splits":
+        kernel: Any = sparse_linear.add_splits_kernel
+        constants: dict[str, Any] = {
+            "ALIGN": variant.align,
+            "SPLITS": variant.splits,
+            "BLOCK_N": sparse_linear.ADD_SPLITS_BLOCK_N,
+        }
+        optional = ["bias_ptr", "residual_ptr"]
+    elif variant.kernel == "sparse_linear":
+        kernel = sparse_linear.sparse_linear_kernel
+        constants = {**sizes, "SPLITS": variant.splits}
+        optional = ["bias_ptr", "scale_ptr", "residual_ptr"]
+        if variant.splits == 1:
+            constants["partial_ptr"] = None
+    else:
+        kernel = gate_up.gate_up_kernel
+        constants = {**sizes, "ACTIVATION": variant.activation}
+        optional = ["gate_bias_ptr", "up_bias_ptr", "gate_scale_ptr", "up_scale_ptr"]
+    if not variant.extras:
+        constants.update(dict.fromkeys(optional))
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            float32 = any(word in name for word in ("t_ptr", "scale", "partial"))
+            types[name] = "*fp32" if float32 else pointer
+        else:
+            types[name] = "i32"
+    return kernel, constants, types
+
+
+@cache
+def compile_variant(variant: Variant, capability: int) -> Resources:
+    """Compile for ``sm_<capability>`` and read off what the binary uses."""
+    kernel, constants, types = _arguments(variant)
+    # The allocator of torch aligns tensors to far more than 16 bytes.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if types[name].startswith("*")
+    }
+    launch = variant.launch
+    binary = triton.compile(
+        ASTSource(kernel, types, constants, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={
+            "num_warps": launch.warps,
+            "num_stages": launch.stages,
+            "enable_fp_fusion": True,
+        },
+    )
+    registers, spilled, static = _usage(binary.asm["cubin"])
+    shared = max(binary.metadata.shared, static)
+    threads = 32 * launch.warps
+    resident = min(
+        THREADS_PER_SM[capability] // threads,
+        REGISTERS_PER_SM // (threads * max(8, -(-registers // 8) * 8)),
+        SHARED_PER_SM[capability] // max(1, shared + 1024),  # 1 KiB of each block is reserved
+    )
+    return Resources(
+        registers,
+        spilled,
+        shared,
+        global_loads(binary.asm["ptx"]),
+        unmasked_copies(binary.asm["ptx"]),
+        loop_instructions(binary.asm["cubin"]),
+        resident,
+    )
+
+
+def global_loads(ptx: str) -> dict[int, int]:
+    """Width in bytes → number, of the loads and asynchronous copies from global memory."""
+    found: Counter[int] = Counter()
+    for line in ptx.splitlines():
+        copy = re.search(r"cp\.async\.c[ag]\.shared\.global.*?0x([0-9a-f]+)\s*,", line)
+        plain = re.search(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)\s", line)
+        if copy:
+            found[int(copy.group(1), 16)] += 1
+        elif plain:
+            found[int(plain.group(1) or 1) * int(plain.group(2)) // 8] += 1
+    return dict(found)
+
+
+def unmasked_copies(ptx: str) -> int:
+    """16-byte asynchronous copies of a fixed source size; a masked one is told 0 or 16."""
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?0x10\s*(,\s*%r\d+)?", ptx)
+    return sum(not source_size for source_size in copies)
+
+
+def wide_weight_loads(variant: Variant) -> int:
+    """16-byte loads of a thread if all weights are loaded so, prologue and loop."""
+    launch = variant.launch
+    products = {"sparse_linear": 1, "sparse_gate_up": 2, "add_splits": 0}[variant.kernel]
+    tile = launch.row_bytes * launch.block_k
+    return products * launch.stages * tile // (16 * 32 * launch.warps)
+
+
+def _tool(name: str, cubin: bytes, *arguments: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_TOOLS / name), *arguments, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _usage(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, bytes of stack and local memory, bytes of static shared memory."""
+    text = _tool("cuobjdump", cubin, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage:\n{text}")
+    registers, stack, shared, local = map(int, found.groups())
+    return registers, stack + local, shared
+
+
+def loop_instructions(cubin: bytes) -> int:
+    """Instructions of the longest innermost loop: from a label to the branch back to it."""
+    lines = _tool("nvdisasm", cubin).splitlines()
+    count, labels, longest = 0, {}, 0
+    for line in lines:
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label.group(1)] = count
+        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+\S", line):
+            count += 1
+            back = re.search(r"BRA(?:\.\S+)?\s.*`\((\.L_x_\d+)\)", line)
+            # A branch to itself pads the end of every kernel.
+            if back and back.group(1) in labels and count - labels[back.group(1)] > 1:
+                longest = max(longest, count - labels[back.group(1)])
+    return longest
+
+
+def main() -> None:
+    """Print the table of registers, shared memory and load widths."""
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--all", action="store_true", help="every combination of arguments")
+    asked = parser.parse_args()
+    table = Table(title="compiled kernels (no card involved)")
+    for column in (
+        "variant", "sm", "registers", "spilled", "shared B", "loads (bytes: number)",
+        "loop", "programs/SM", "KiB in flight/SM",
+    ):  # fmt: skip
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for variant in variants(asked.all):
+        for target in asked.targets:
+            use = compile_variant(variant, target)
+            loads = ", ".join(f"{width}: {n}" for width, n in sorted(use.loads.items()))
+            in_flight = use.resident * variant.launch.bytes_in_flight() >> 10
+            table.add_row(
+                str(variant), str(target), str(use.registers), str(use.spilled), str(use.shared),
+                loads, str(use.instructions), str(use.resident), str(in_flight),
+            )  # fmt: skip
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

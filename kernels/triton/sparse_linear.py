@@ -1,0 +1,118 @@
+"""sparse_linear: one weight, 1 to 16 tokens.
+
+One pass where column tiles alone fill the card; else K is split, every split writes float32
+partial sums, and a second kernel adds them in order: deterministic, and no atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+from wina.kernels.triton.config import Launch
+from wina.kernels.triton.tile import product, with_bias
+
+
+@triton.jit(do_not_specialize=["T", "k_units", "n_units", "stride_units", "blocks"])
+def sparse_linear_kernel(
+    x_ptr, w_ptr, t_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, partial_ptr,
+    T, k_units, n_units, stride_units, blocks,
+    ALIGN: tl.constexpr, K_ALIGN: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (column tile, split): y, or the split's float32 partial sums [SPLITS, T, N]."""
+    K = k_units * K_ALIGN
+    N = n_units * ALIGN
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_row = cols < N
+    split = tl.program_id(1)
+    rows = blocks * BLOCK_K
+    first = split * rows
+    last = tl.minimum(first + rows, K)
+    acc = product(
+        x_ptr, w_ptr, t_ptr, scale_ptr, T, K, first, last, stride_units * ALIGN, cols, in_row,
+        BLOCK_T, BLOCK_K, BLOCK_N, STAGES,
+    )  # fmt: skip
+    tokens = tl.arange(0, BLOCK_T)
+    at = tokens[:, None] * N + cols[None, :]
+    mask = (tokens < T)[:, None] & in_row[None, :]
+    if SPLITS == 1:
+        acc = with_bias(acc, bias_ptr, cols, in_row)
+        if residual_ptr is not None:
+            acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(partial_ptr + split * T * N + at, acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "n_units"])
+def add_splits_kernel(
+    partial_ptr, bias_ptr, residual_ptr, y_ptr, T, n_units,
+    ALIGN: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (column tile, token): y = Σ partial sums in order of the split (+ bias, residual)."""
+    N = n_units * ALIGN
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_row = cols < N
+    token = tl.program_id(1)
+    at = token * N + cols
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        acc += tl.load(partial_ptr + split * T * N + at, mask=in_row, other=0.0)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + at, mask=in_row, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=in_row)
+
+
+ADD_SPLITS_BLOCK_N = 256
+ADD_SPLITS_WARPS = 2
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    config: Launch,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """y [T, N] = sparse_linear (+ residual) of at most 16 tokens, on x's device and stream.
+
+    Args:
+        x: [T, K], contiguous.
+        weight: [K, N], rows contiguous.
+        threshold: [K] float32.
+        bias: [N] or None.
+        scale: [T] float32 or None.
+        config: what :func:`wina.kernels.triton.config.choose` gives for this call.
+        residual: [T, N], contiguous, or None.
+    """
+    T, K = x.shape
+    N = weight.shape[1]
+    y = torch.empty((T, N), dtype=x.dtype, device=x.device)
+    align, k_align = config.align(N, weight.stride(0)), config.align(K)
+    block_n = config.block_n(x.itemsize)
+    splits, blocks = config.splits(K)
+    partial = None
+    if splits > 1:
+        partial = torch.empty((splits, T, N), dtype=torch.float32, device=x.device)
+    sparse_linear_kernel[(triton.cdiv(N, block_n), splits)](
+        x, weight, threshold, bias, scale, residual, y, partial,
+        T, K // k_align, N // align, weight.stride(0) // align, blocks,
+        ALIGN=align, K_ALIGN=k_align, SPLITS=splits, BLOCK_T=config.block_t(T),
+        BLOCK_K=config.block_k, BLOCK_N=block_n, STAGES=config.stages,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    if partial is not None:
+        align = config.align(N)
+        add_splits_kernel[(triton.cdiv(N, ADD_SPLITS_BLOCK_N), T)](
+            partial, bias, residual, y, T, N // align,
+            ALIGN=align, SPLITS=splits, BLOCK_N=ADD_SPLITS_BLOCK_N, num_warps=ADD_SPLITS_WARPS,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return y

@@ -1,0 +1,126 @@
+"""What the Triton backend decides without a card: refusals, configurations, registration."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from wina.errors import ConfigError
+from wina.kernels import triton
+from wina.kernels.dispatch import LayerSpec, choose
+from wina.kernels.triton import config
+from wina.kernels.triton.config import Card, Launch
+
+H100 = Card("NVIDIA H100 80GB HBM3", 132)
+CUDA = LayerSpec(torch.device("cuda", 0), torch.bfloat16, 64, 32)
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A folder of configurations with the default table only."""
+    (tmp_path / "default.json").write_text((config.FOLDER / "default.json").read_text())
+    monkeypatch.setattr(config, "FOLDER", tmp_path)
+    config._device_table.cache_clear()
+    yield tmp_path
+    config._device_table.cache_clear()
+
+
+def test_importing_wina_imports_no_triton() -> None:
+    code = "import sys, wina, wina.kernels.triton; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_layer_elsewhere_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the layer is on cpu"):
+        choose(LayerSpec(torch.device("cpu"), torch.bfloat16, 64, 32), "triton")
+    with pytest.raises(ConfigError, match=r"no kernel for torch\.float64"):
+        choose(LayerSpec(CUDA.device, torch.float64, 64, 32), "triton")
+
+
+def test_a_usable_card_is_served_and_others_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert choose(CUDA).backend.name == "triton"
+    assert choose(CUDA).reason == "fastest here; masked dense above 16 tokens"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    choice = choose(CUDA)
+    assert choice.backend.name == "reference"
+    assert "a card has compute capability 7.5; the kernels need 8.0" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [(None, "Triton is not installed"), ("3.1.0", "Triton 3.1.0 is older than 3.2")],
+)
+def test_missing_or_old_triton(
+    monkeypatch: pytest.MonkeyPatch, found: str | None, message: str
+) -> None:
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda _: found)
+    monkeypatch.setattr(triton, "version", lambda _: found)
+    triton.load.cache_clear()
+    try:
+        assert message in str(triton.load())
+    finally:
+        triton.load.cache_clear()
+
+
+def test_loading_registers_for_cuda() -> None:
+    assert triton.load() is None
+    for operator in ("sparse_linear", "sparse_gate_up"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"wina::{operator}", "CUDA")
+
+
+@pytest.mark.parametrize("kernel", config.kernels())
+@pytest.mark.parametrize("sms", [1, 46, 108, 132, 1000])
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_a_rule_for_every_call(kernel: str, sms: int, tokens: int, itemsize: int) -> None:
+    for K in (1, 63, 4096, 14336):
+        for N in (1, 1000, 4096, 128256):
+            launch = config.choose(kernel, Card("any", sms), tokens, K, N, itemsize)
+            splits, blocks = launch.splits(K)
+            assert splits * blocks * launch.block_k >= K
+            assert (splits - 1) * blocks * launch.block_k < K
+            assert kernel == "sparse_linear" or splits == 1
+
+
+def test_wide_outputs_take_one_pass_and_narrow_ones_split() -> None:
+    assert config.choose("sparse_linear", H100, 1, 4096, 28672, 2).splits(4096)[0] == 1
+    splits, _ = config.choose("sparse_linear", H100, 1, 14336, 4096, 2).splits(14336)
+    assert splits == 8  # 64 column tiles: 512 programs on 132 multiprocessors
+
+
+def test_tuned_shapes_come_first_for_their_neighbours(tables: Path) -> None:
+    tuned = Launch(128, 128, 8, 4, 2)
+    row = {"kernel": "sparse_linear", "many": False, "itemsize": 2, "K": 4096, "N": 4096}
+    path = config.save_tuned(
+        H100, [{**row, "launch": config.launch_fields(tuned)}], tables
+    )  # fmt: skip
+    assert path.name == "nvidia-h100-80gb-hbm3.json"
+    assert json.loads(path.read_text())["device"] == H100.name
+    assert config.choose("sparse_linear", H100, 1, 4096, 4096, 2) == tuned
+    assert config.choose("sparse_linear", H100, 1, 3584, 5120, 2) == tuned
+    assert config.choose("sparse_linear", H100, 1, 14336, 4096, 2) != tuned
+    assert config.choose("sparse_linear", H100, 2, 4096, 4096, 2) != tuned
+    assert replace_splits(tuned) in config.shipped("sparse_linear", False, 2)
+
+
+def replace_splits(launch: Launch) -> Launch:
+    return Launch(launch.row_bytes, launch.block_k, launch.warps, launch.stages)
+
+
+def test_a_card_without_a_table_warns_once(tables: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "wina"):
+        for _ in range(3):
+            config.choose("sparse_linear", H100, 1, 4096, 4096, 2)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"no tuned kernel configurations for {H100.name}: using the defaults; "
+        "`wina bench tune` makes them"
+    ]

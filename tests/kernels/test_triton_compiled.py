@@ -1,0 +1,70 @@
+"""Every kernel and shipped configuration, compiled for real cards without one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from wina.kernels.triton import compiled
+from wina.kernels.triton.compiled import TARGETS, Variant, compile_variant, variants
+from wina.kernels.triton.config import Launch
+
+QUICK = [(v, cc) for v in variants(thorough=False) if v.dtype != "float16" for cc in (80, 90)] + [
+    (v, cc)
+    for v in variants(thorough=False)
+    if (v.kernel, v.dtype) == ("sparse_linear", "bfloat16")
+    for cc in (86, 89, 100)
+]
+ALL = [(v, cc) for v in variants(thorough=True) for cc in TARGETS]
+
+
+def ids(pairs: list[tuple[Variant, int]]) -> list[str]:
+    return [f"{variant} sm_{target}" for variant, target in pairs]
+
+
+def check(variant: Variant, target: int) -> None:
+    use = compile_variant(variant, target)
+    assert use.spilled == 0, "spills registers to local memory"
+    assert use.shared <= compiled.SHARED_PER_BLOCK[target]
+    assert use.resident >= 2, "one program cannot hide its own barriers"
+    assert use.unmasked == 0, "reads rows that no token keeps"
+    assert use.loads.get(16, 0) >= compiled.wide_weight_loads(variant), (
+        f"weight loads are narrower than 16 bytes a thread: {use.loads}"
+    )
+
+
+@pytest.mark.parametrize(("variant", "target"), QUICK, ids=ids(QUICK))
+def test_resources(variant: Variant, target: int) -> None:
+    check(variant, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "target"), ALL, ids=ids(ALL))
+def test_resources_of_every_combination(variant: Variant, target: int) -> None:
+    check(variant, target)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_rows_aligned_to_16_bytes_are_enough(many: bool) -> None:
+    """N = 1000 in 16 bits: a multiple of 8, not of the 16 that Triton specialises on."""
+    variant = next(v for v in variants(False) if v.many == many and v.dtype == "bfloat16")
+    check(replace(variant, align=8), 90)
+
+
+def test_narrow_loads_are_noticed() -> None:
+    variant = Variant("sparse_linear", "bfloat16", False, Launch(128, 64, 4, 5), align=4)
+    with pytest.raises(AssertionError, match="narrower"):
+        check(variant, 90)
+
+
+def test_the_loads_counted_are_those_in_ptx() -> None:
+    ptx = """
+    @%p1 cp.async.cg.shared.global.L2::cache_hint [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2, %rd2;
+    cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4, %r2;
+    @%p2 ld.global.b16 { %rs1 }, [ %rd2 + 0 ];
+    ld.global.L1::evict_first.v4.b32 { %r3, %r4, %r5, %r6 }, [ %rd3 + 0 ];
+    """
+    assert compiled.global_loads(ptx) == {16: 2, 4: 1, 2: 1}
+    assert compiled.unmasked_copies(ptx) == 0
+    assert compiled.unmasked_copies("cp.async.cg.shared.global [ %r1 ], [ %rd1 ], 0x10;") == 1

@@ -1,0 +1,21 @@
+import pytest
+
+from wina.bench.traffic import CARDS, count
+
+
+def test_counts_of_a_square_projection() -> None:
+    row = count("Llama-3-8B", "sparse_linear", "q, o", 4096, 4096, CARDS[1])
+    assert row.dense_bytes == 4096 * 4096 * 2
+    assert row.kept_bytes == row.dense_bytes // 2
+    assert row.loads == row.dense_bytes // 16
+    # x and thresholds, output, 8 partial sums written and read
+    assert row.other_bytes == 4096 * 6 + 4096 * 2 + 2 * 8 * 4096 * 4
+    assert row.programs == 512
+    assert 0 < row.issue_share < 1
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda on: on.card.name)
+def test_gate_up_writes_no_partial_sums(card) -> None:
+    row = count("Llama-3-8B", "sparse_gate_up", "gate and up", 4096, 14336, card)
+    assert row.k_splits == 1
+    assert row.other_bytes == 4096 * (2 + 4 + 4) + 14336 * 2
