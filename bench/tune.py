@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wina.bench.card import cold_copies, require_card, seconds_in_graph
-from wina.bench.kernels import DTYPES
+from wina.bench.operators import DTYPES
 from wina.kernels import reference
 from wina.kernels.triton.config import FOLDER, Launch, card_of, kernels, launch_fields, save_tuned
 from wina.progress import progress
