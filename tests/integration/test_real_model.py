@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -52,13 +53,28 @@ def test_demo_folder_is_a_normal_one(folder: Path, smollm) -> None:
 def test_sparsity_zero_is_dense_to_rounding_and_restore_is_exact(
     smollm, tokenizer, tokens: Tensor
 ) -> None:
-    dense, dense_decode = logits(smollm, tokens), decode_logits(smollm, tokens)
+    """Float32 rounding adds up over 30 layers: the dense model itself is 1e-4 from float64.
+
+    So the sparse path is held against float64, and may be no worse than three times that far.
+    """
+    dense = logits(smollm, tokens)
+    exact = logits(copy.deepcopy(smollm).double(), tokens)
+    bound = 3 * float((dense - exact).abs().max())
+    assert bound < 1e-3
     storage = {name: p.untyped_storage().data_ptr() for name, p in smollm.named_parameters()}
     config = wina.SparsityConfig(sparsity=0.0, prefill="all", calibration_tokens=512)
     wina.sparsify(smollm, config, tokenizer=tokenizer, show_progress=False)
-    assert (logits(smollm, tokens) - dense).abs().max() <= 1e-4
-    assert (decode_logits(smollm, tokens) - dense_decode).abs().max() <= 1e-4
-    wina.restore(smollm)
+    try:
+        whole, stepwise = logits(smollm, tokens), decode_logits(smollm, tokens)
+    finally:
+        wina.restore(smollm)
+    print(  # shown by `pytest -s`
+        f"\nmax |difference of logits|: dense to float64 {bound / 3:.3g}; sparsity 0, prefill: "
+        f"to dense {(whole - dense).abs().max():.3g}, to float64 {(whole - exact).abs().max():.3g}; "
+        f"decode: to float64 {(stepwise - exact[0, 8:]).abs().max():.3g}"
+    )
+    assert (whole - exact).abs().max() <= bound
+    assert (stepwise - exact[0, 8:]).abs().max() <= bound
     assert torch.equal(logits(smollm, tokens), dense)
     assert {n: p.untyped_storage().data_ptr() for n, p in smollm.named_parameters()} == storage
 
