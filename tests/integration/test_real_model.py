@@ -69,7 +69,7 @@ def test_sparsity_zero_is_dense_to_rounding_and_restore_is_exact(
     finally:
         wina.restore(smollm)
     print(  # shown by `pytest -s`
-        f"\nmax |difference of logits|: dense to float64 {bound / 3:.3g}; sparsity 0, prefill: "
+        f"\nmax |logit difference|: dense to float64 {bound / 3:.3g}; sparsity 0, prefill: "
         f"to dense {(whole - dense).abs().max():.3g}, to float64 {(whole - exact).abs().max():.3g}; "
         f"decode: to float64 {(stepwise - exact[0, 8:]).abs().max():.3g}"
     )
