@@ -69,8 +69,9 @@ def test_sparsity_zero_is_dense_to_rounding_and_restore_is_exact(
     finally:
         wina.restore(smollm)
     print(  # shown by `pytest -s`
-        f"\nmax |logit difference|: dense to float64 {bound / 3:.3g}; sparsity 0, prefill: "
-        f"to dense {(whole - dense).abs().max():.3g}, to float64 {(whole - exact).abs().max():.3g}; "
+        f"\nmax |logit difference|: dense to float64 {bound / 3:.3g}; sparsity 0, "
+        f"prefill: to dense {(whole - dense).abs().max():.3g}, "
+        f"to float64 {(whole - exact).abs().max():.3g}; "
         f"decode: to float64 {(stepwise - exact[0, 8:]).abs().max():.3g}"
     )
     assert (whole - exact).abs().max() <= bound
