@@ -80,6 +80,22 @@ def test_sparsity_zero_is_dense_to_rounding_and_restore_is_exact(
     assert {n: p.untyped_storage().data_ptr() for n, p in smollm.named_parameters()} == storage
 
 
+@pytest.mark.xfail(
+    reason="float32 rounding over 30 layers: 1.7e-4; the dense model is 1.1e-4 from float64",
+    strict=True,
+)
+def test_sparsity_zero_is_within_1e_4_of_dense(smollm, tokenizer, tokens: Tensor) -> None:
+    """The bound that tiny models meet and that is still asked of this one."""
+    dense = logits(smollm, tokens)
+    config = wina.SparsityConfig(sparsity=0.0, prefill="all", calibration_tokens=512)
+    wina.sparsify(smollm, config, tokenizer=tokenizer, show_progress=False)
+    try:
+        whole = logits(smollm, tokens)
+    finally:
+        wina.restore(smollm)
+    assert (whole - dense).abs().max() <= 1e-4
+
+
 def test_half_the_weights_say_sensible_things(smollm, tokenizer, plan) -> None:
     wina.sparsify(smollm, plan)
     try:
