@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from wina.criteria import CRITERIA
 from wina.kernels.reference import keep_mask
 from wina.registry import create
+from wina.scores import ChannelScores
 from wina.selectors import SELECTORS, Relative, Threshold, TopK
 from wina.statistics import ScoreHistogram
 
