@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wina.allocation import ALLOCATIONS, Needs
-from wina.registry import Registry, parse_spec
+from wina.registry import Registry, create
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Method:
     @property
     def needs(self) -> Needs:
         """What its allocation policy has to compute."""
-        return ALLOCATIONS[parse_spec("allocation", self.allocation)[0]].needs
+        return create(ALLOCATIONS, self.allocation).needs
 
 
 METHODS: Registry[Method] = Registry("method")

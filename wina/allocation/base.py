@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +80,7 @@ class Allocation(ABC):
     ``"fisher:rounds=2"`` hands them over as floats.
     """
 
-    needs: ClassVar[Needs] = Needs.NOTHING
+    needs: Needs = Needs.NOTHING
 
     @abstractmethod
     def allocate(self, problem: Problem) -> Mapping[str, float]:

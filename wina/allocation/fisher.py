@@ -33,12 +33,11 @@ class Fisher(Allocation):
         tokens: calibration tokens to differentiate.
     """
 
-    needs = Needs.GRADIENTS
-
     def __init__(
         self, rounds: float = 1, most: float = 0.95, step: float = 0.05, tokens: float = 4096
     ) -> None:
         self.rounds = whole("rounds", rounds)
+        self.needs = Needs.GRADIENTS if rounds == 1 else Needs.EVALUATIONS
         self.most = share("most", most)
         self.step = share("step", step)
         self.tokens = whole("tokens", tokens)
