@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wina.group import ProjectionGroup
 from wina.kernels.dispatch import Choice, LayerSpec, choose
 from wina.kernels.reference import mask_inputs
 from wina.prefill import Prefill
@@ -50,6 +51,9 @@ class SparseLinear(nn.Linear):
     row. So state dicts, ``F.linear`` and the kernels all work on the one copy.
 
     With gradients enabled the product is the differentiable dense one on masked inputs.
+
+    Attributes:
+        group: the projections that share a launch with this one, None if it has its own.
     """
 
     threshold: Tensor
@@ -77,6 +81,7 @@ class SparseLinear(nn.Linear):
             "threshold", threshold.to(self.weight.device, torch.float32), persistent=False
         )
         self.choice = choose(self._layer(), control.backend)
+        self.group: ProjectionGroup | None = None
 
     def _layer(self) -> LayerSpec:
         return LayerSpec(self.weight.device, self.weight.dtype, self.in_features, self.out_features)
@@ -89,7 +94,7 @@ class SparseLinear(nn.Linear):
             # their gradients, are many times slower on a CPU without 16-bit instructions.
             return F.linear(self.masked(x, start), self.weight.contiguous(), self.bias)
         if start == 0:
-            return self._sparse(x)
+            return self._sparse_with_group(x)
         if start >= sequence_length(x):
             return self._dense(x)
         parts = [self._dense(x[..., :start, :]), self._sparse(x[..., start:, :])]
@@ -108,6 +113,13 @@ class SparseLinear(nn.Linear):
             scale = self._observed_scale(tokens)
         masked = mask_inputs(tokens, self.threshold, scale)
         return masked if start == 0 else torch.cat([x[..., :start, :], masked], dim=-2)
+
+    def _sparse_with_group(self, x: Tensor) -> Tensor:
+        if self.group is not None and self.control.observer is None:
+            y = self.group.product(self, x)
+            if y is not None:
+                return y
+        return self._sparse(x)
 
     def _sparse(self, x: Tensor) -> Tensor:
         scale = self._observed_scale(x)
@@ -133,6 +145,8 @@ class SparseLinear(nn.Linear):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.threshold = threshold.to(self.threshold.device)
         self.choice = self._choose_again()
+        if self.group is not None:
+            self.group.settle()
         return self
 
     def _choose_again(self) -> Choice:
