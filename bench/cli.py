@@ -121,6 +121,8 @@ def roofline_command(
     Reads a config, never weights: 70B and mixture-of-experts models work on paper.
     """
     from wina.bench.devices import device_for
+    from wina.bench.operators import DTYPES
+    from wina.bench.rates import measured_device
     from wina.bench.roofline import ITEMSIZE, Load, overhead_for, roofline
     from wina.bench.runs import document
     from wina.bench.shapes import load_config
@@ -131,7 +133,10 @@ def roofline_command(
     if dtype not in ITEMSIZE:
         raise WinaError(f"unknown dtype {dtype!r}. Known: {', '.join(ITEMSIZE)}.")
     structure = structure_of(meta_model(load_config(model, trust_remote_code)))
-    card = device_for(device, bandwidth, FULL.cold_bytes)
+    if device == "cpu" and bandwidth is None and dtype in DTYPES:
+        card = measured_device(structure, dtype, "cpu", FULL)
+    else:
+        card = device_for(device, bandwidth, FULL.cold_bytes)
     load = Load(
         batch=batch, context=context, itemsize=ITEMSIZE[dtype],
         cache_itemsize=max(2.0, ITEMSIZE[dtype]), rotation=rotation, rank=rank, bias=bias,
@@ -146,7 +151,8 @@ def roofline_command(
     run = document(
         "roofline",
         f"{name}, {dtype}, batch {batch}, context {context}: roofline on {card.name} "
-        f"({card.bandwidth_gb_s:,.0f} GB/s, {card.source})",
+        f"({card.bandwidth_gb_s:,.0f} GB/s, {card.source}; dense products reach "
+        f"{card.dense_share:.0%} of it, sparse ones {card.sparse_share:.0%})",
         rows,
         {"dtype": dtype, "rotation": rotation, "rank": rank, "bias": bias,
          "efficiency": efficiency, "overhead_ms": overhead * 1e3},
