@@ -190,6 +190,7 @@ def decode_command(
         str, typer.Option(help="By commas; 0 times our own dense kernel.")
     ] = "0.5",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     batch: Annotated[str, typer.Option(help="Sequences at once, by commas.")] = "1",
     context: Annotated[str, typer.Option(help="Tokens of the prompts, by commas.")] = "16",
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 48,
@@ -214,6 +215,8 @@ def decode_command(
 
     if (model is None) == (shape is None):
         raise WinaError("pass either --model or --shape")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise WinaError("device 'cuda' was asked for, but torch sees no GPU")
     sweep = Sweep(
         integers(batch), integers(context), new_tokens,
         ("eager", "compiled") if compiled else ("eager",),
@@ -232,6 +235,7 @@ def decode_command(
     else:
         assert model is not None
         loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    loaded = loaded.to(device)
     effort = _effort(quick, rounds if quick else rounds or 6)
     neighbours = Neighbours()
     rows = bench_decode(loaded, plans, sweep, tokenizer, texts, effort)
@@ -242,7 +246,7 @@ def decode_command(
     warnings += neighbours.warnings()
     name = shape or Path(resolve_model(str(model))).name
     run = _document(
-        "decode", f"{name}, {dtype}: greedy decode", rows, vars(sweep), warnings, effort,
+        "decode", f"{name}, {dtype}, {device}: greedy decode", rows, vars(sweep), warnings, effort,
         model=name, other_cores=neighbours.cores,
     )  # fmt: skip
     _finish(run, picture, output, compare, against)
