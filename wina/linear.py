@@ -114,6 +114,8 @@ class SparseLinear(nn.Linear):
             return self._sparse(x)
         if start >= sequence_length(x):
             return self._dense(x)
+        if not self.choice.backend.k_major:  # it multiplies densely anyway: one product, not two
+            return self._dense(self.masked(x, start))
         parts = [self._dense(x[..., :start, :]), self._sparse(x[..., start:, :])]
         return torch.cat(parts, dim=-2)
 
