@@ -68,8 +68,13 @@ class Problem:
         return {p.name: sparsities[unit.name] for unit in self.units for p in unit.projections}
 
     def tokens(self, limit: int) -> Tensor:
-        """At most ``limit`` calibration tokens [windows, S], evenly from all; at least a window."""
-        count = min(len(self.windows), max(1, limit // self.windows.shape[1]))
+        """At most ``limit`` calibration tokens [windows, S], evenly from all the windows.
+
+        Less than a window is the beginning of the first one.
+        """
+        if limit < self.windows.shape[1]:
+            return self.windows[:1, : max(limit, self.sink_tokens + 2)]
+        count = min(len(self.windows), limit // self.windows.shape[1])
         return self.windows[torch.linspace(0, len(self.windows) - 1, count).round().long()]
 
 

@@ -29,7 +29,7 @@ class Greedy(Allocation):
 
     needs = Needs.ACTIVATIONS
 
-    def __init__(self, step: float = 0.05, tokens: float = 512, most: float = 0.95) -> None:
+    def __init__(self, step: float = 0.05, tokens: float = 256, most: float = 0.95) -> None:
         self.step = share("step", step)
         self.tokens = whole("tokens", tokens)
         self.most = share("most", most)
