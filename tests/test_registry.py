@@ -52,7 +52,7 @@ def test_create_hands_named_numbers_over(things: Registry[type]) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["thing:size=1", "thing:number=1,number=2", "thing:1,2", "thing:number=x", "thing:1,"]
+    "spec", ["thing:size=1", "thing:number=1:number=2", "thing:1:2", "thing:number=x", "thing:1:"]
 )
 def test_malformed_named_numbers(things: Registry[type], spec: str) -> None:
     with pytest.raises(ConfigError, match="thing"):

@@ -1,7 +1,7 @@
 """Name → class tables, so that methods are data and never branches.
 
-A spec is ``"name"``, ``"name:number"`` or ``"name:key=number,key=number"``: the numbers are handed
-to the class, as in ``"norm-power:0.5"``, ``"last:0.99"`` or ``"fisher:rounds=2,most=0.9"``.
+A spec is ``"name"``, ``"name:number"`` or ``"name:key=number:key=number"``: the numbers are handed
+to the class, as in ``"norm-power:0.5"``, ``"last:0.99"`` or ``"fisher:rounds=2:most=0.9"``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def parse_spec(kind: str, spec: str) -> tuple[str, dict[str, float]]:
     """
     name, colon, rest = spec.partition(":")
     numbers: dict[str, float] = {}
-    for part in rest.split(",") if colon else ():
+    for part in rest.split(":") if colon else ():
         key, equals, number = part.partition("=")
         key, number = (key.strip(), number) if equals else ("", key)
         if key in numbers:

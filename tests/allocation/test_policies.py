@@ -16,7 +16,7 @@ from wina.registry import create
 from wina.testing import tiny_model
 
 # Coarse, so that the matrix takes a moment; block-wise policies rerun blocks for every step.
-QUICK = {"greedy": "greedy:step=0.4,tokens=128"}
+QUICK = {"greedy": "greedy:step=0.4:tokens=128"}
 SPECS = [QUICK.get(name, name) for name in ALLOCATIONS] + ["fisher:rounds=2"]
 
 
@@ -115,7 +115,7 @@ def test_parameters_are_checked(spec: str) -> None:
 
 
 def test_out_of_reach_says_so(llama: nn.Module) -> None:
-    for spec in ("fisher:most=0.4", "greedy:step=0.4,most=0.4"):
+    for spec in ("fisher:most=0.4", "greedy:step=0.4:most=0.4"):
         with pytest.raises(ConfigError, match="out of reach"):
             quick_plan(llama, allocation=spec)
 
@@ -141,7 +141,7 @@ def test_greedy_path_of_a_block() -> None:
     spy = {}
 
     def visit(block: Block) -> None:
-        policy = create(ALLOCATIONS, "greedy:step=0.2,tokens=64")
+        policy = create(ALLOCATIONS, "greedy:step=0.2:tokens=64")
         total = block.weights
         size = 0.2 * block.units[0].weights
         dense = {unit.name: 0.0 for unit in block.units}
