@@ -46,8 +46,6 @@ METHODS.register("wisparse")(
     Method("norm-power:0.5", "uniform", "|x|·‖W‖₂^α with α = 0.5, arXiv 2602.14452")
 )
 METHODS.register("wina-plus")(
-    Method(
-        "norm-power:0.5", "fisher:rounds=2", "|x|·‖W‖₂^½, bytes spent where the loss asks for it"
-    )
+    Method("norm-power:0.5", "fisher", "|x|·‖W‖₂^½, bytes spent where the loss asks for it")
 )
 METHODS.register("random")(Method("random", "uniform", "random channels, a lower bound"))

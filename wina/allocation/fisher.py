@@ -27,7 +27,8 @@ class Fisher(Allocation):
     curve to that slope.
 
     Args:
-        rounds: 1 is dense gradients only.
+        rounds: 1 is dense gradients only. A second round on few tokens can make it worse: the slope
+            of one projection is a mean of signed values, noisier than its curve of squares.
         most: upper bound of each projection's sparsity.
         step: of the grid of sparsities.
         tokens: calibration tokens to differentiate.
