@@ -100,8 +100,10 @@ def cell(
         made |= {"kind": "perplexity", **_metrics("perplexity", value, stderr, False, nats)}
     elif task == "greedy_generation":
         kept = np.round(64 * np.exp(-12 * harm * np.abs(difficulty)))
-        made |= {"kind": "generation",
-                 **_metrics("tokens_before_divergence", float(kept.mean()), None, True, kept)}
+        made |= {
+            "kind": "generation",
+            **_metrics("tokens_before_divergence", float(kept.mean()), None, True, kept),
+        }
         words = TEXT.split()
         changed = [w if own.random() > 4 * harm else w.upper() for w in words]
         made["samples"] = [{"prompt": PROMPT, "text": " ".join(changed)}]
@@ -116,7 +118,7 @@ def cell(
         made["agreement"] = {"kl": 0.9 * harm, "kl_stderr": 0.02 * harm, "top1": 1 - 0.8 * harm,
                              "tokens": 50 * documents}  # fmt: skip
         shares = {
-            f"model.layers.{i}.{name}": sparsity + 0.03 * float(np.sin(i + j)) + 0.004 * i
+            f"model.layers.{i}.{name}": sparsity + 0.03 * float(np.sin(harm * i + j)) - 0.002 * i
             for i in range(layers)
             for j, name in enumerate(TYPES)
         }

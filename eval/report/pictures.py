@@ -6,15 +6,13 @@ import math
 from collections.abc import Callable, Iterator
 
 from wina.eval.report import svg, words
+from wina.eval.report.contents import Entry, Realised, Report, Row, Task
 from wina.eval.report.grid import DENSE
-from wina.eval.report.summary import Entry, Realised, Report, Row, Task
 
 _READ = "projection weights read, % of bytes"
 _ASKED = "input channels kept (asked), %"
 # A linear axis hides the small values beside ones that are this many times as large.
 _LOG_FROM = 5.0
-_LARGE = (480.0, 320.0)
-_SMALL = (400.0, 270.0)
 
 
 def legend(report: Report) -> list[tuple[str, str]]:
@@ -25,15 +23,13 @@ def legend(report: Report) -> list[tuple[str, str]]:
 def mean_quality(report: Report) -> str | None:
     """Mean over tasks against bytes read; None without such a mean."""
     chart, x_label = _x(report)
-    dense = next((row for row in report.rows if row.method == DENSE), None)
     return _chart(
         report,
         "Mean over tasks",
         lambda row: _shown(row, chart(row), row.mean, row.stderr, True),
         x_label,
         "mean score, %",
-        dense and _reference(dense.mean, dense.stderr, True),
-        _LARGE,
+        _dense_mean(report),
     )
 
 
@@ -47,14 +43,12 @@ def divergence(report: Report) -> str | None:
         x_label,
         "KL(dense ‖ sparse), nats/token",
         None,
-        _LARGE,
         spread=True,
     )
 
 
 def speed(report: Report) -> str | None:
     """Mean over tasks against decode speed; None without a bench."""
-    dense = next((row for row in report.rows if row.method == DENSE), None)
     return _chart(
         report,
         "Mean over tasks and decode speed",
@@ -63,8 +57,7 @@ def speed(report: Report) -> str | None:
         ),
         "decoded tokens/s",
         "mean score, %",
-        dense and _reference(dense.mean, dense.stderr, True),
-        _LARGE,
+        _dense_mean(report),
     )
 
 
@@ -89,8 +82,7 @@ def task_panels(report: Report) -> list[str]:
             x_label,
             f"{task.metric}{', %' if task.percent else ''}"
             f" ({'higher' if task.higher_is_better else 'lower'} is better)",
-            dense and _reference(dense.value, dense.stderr, task.percent),
-            _SMALL,
+            None if dense is None else _reference(dense.value, dense.stderr, task.percent),
             spread=not task.higher_is_better,
         )
         if panel:
@@ -101,7 +93,6 @@ def task_panels(report: Report) -> list[str]:
 def by_type(report: Report) -> list[str]:
     """Realised sparsity by projection type, one panel for each sparsity asked."""
     styles = _styles(report)
-    everything = [v for found in report.realised for v in found.by_type().values()]
     types = list(dict.fromkeys(name for found in report.realised for name in found.types))
     panels = []
     for sparsity in report.sparsities:
@@ -112,15 +103,15 @@ def by_type(report: Report) -> list[str]:
             points = tuple(
                 svg.Point(100 * v, types.index(name), None,
                           f"{found.method}, {name}: {words.percent(v)}% skipped")
-                for name, v in found.by_type().items()
+                for name, v in found.by_type.items()
             )  # fmt: skip
             dots.append(svg.Line(found.method, styles[found.method], points))
         if dots:
-            limits = [*everything, *report.sparsities]
+            limits = [100 * sparsity, *(p.x for line in dots for p in line.points)]
             panels.append(
                 svg.dot_plot(f"Asked: {words.share(sparsity)}", [_short(name) for name in types],
                              dots, "weights skipped, %", 100 * sparsity,
-                             (100 * min(limits), 100 * max(limits)))
+                             (min(limits), max(limits)))
             )  # fmt: skip
     return panels
 
@@ -134,7 +125,7 @@ def layer_maps(report: Report) -> tuple[list[tuple[float, list[str]]], str]:
         if mine:
             maps.append((sparsity, mine))
     points = words.percent(limit)
-    return maps, svg.colour_bar(f"−{points} points: skips less", "as asked", f"+{points}: more")
+    return maps, svg.colour_bar(f"−{points} points", "as asked", f"+{points} points")
 
 
 def _map(found: Realised, limit: float) -> str:
@@ -170,7 +161,6 @@ def _chart(
     x_label: str,
     y_label: str,
     reference: tuple[float, float | None] | None,
-    size: tuple[float, float],
     spread: bool = False,
 ) -> str | None:
     """A line for each method through the points that exist; None if there are none.
@@ -183,7 +173,7 @@ def _chart(
     ys = [p.y for line in lines for p in line.points] + ([reference[0]] if reference else [])
     log = spread and min(ys) > 0 and max(ys) > _LOG_FROM * min(ys)
     return svg.line_chart(title, lines, x_label, f"{y_label}{', log scale' if log else ''}",
-                          reference, *size, log=log)  # fmt: skip
+                          reference, log=log)  # fmt: skip
 
 
 def _lines(report: Report, point: Callable[[Row], svg.Point | None]) -> Iterator[svg.Line]:
@@ -203,6 +193,12 @@ def _shown(
     label = f"{words.setting(row.method, row.sparsity)}: {value} at {words.plain(x)}"
     factor = 100 if percent else 1
     return svg.Point(x, factor * y, None if error is None else factor * error, label)
+
+
+def _dense_mean(report: Report) -> tuple[float, float | None] | None:
+    return next(
+        (_reference(r.mean, r.stderr, True) for r in report.rows if r.method == DENSE), None
+    )
 
 
 def _reference(

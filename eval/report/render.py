@@ -16,10 +16,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from wina.eval.report import pictures, words
+from wina.eval.report.contents import Report
 from wina.eval.report.differences import segments
 from wina.eval.report.grid import DENSE
 from wina.eval.report.significance import LEVEL
-from wina.eval.report.summary import Report
 
 FORMAT = "wina-eval-report"
 VERSION = 1
@@ -44,8 +44,12 @@ def to_html(report: Report) -> str:
         "maps": [(sparsity, _markup(*drawings)) for sparsity, drawings in maps],
         "scale": Markup(scale),
     }  # fmt: skip
-    return _environment().get_template("page.html.jinja").render(
-        report=report, pictures=drawn, style=Markup((_FOLDER / "style.css").read_text("utf-8"))
+    return (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            report=report, pictures=drawn, style=Markup((_FOLDER / "style.css").read_text("utf-8"))
+        )
     )
 
 

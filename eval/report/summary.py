@@ -4,231 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
+from statistics import fmean
 from typing import Any
 
 from wina.eval.report.chance import chance
-from wina.eval.report.grid import DENSE, Agreement, Cell, Grid
+from wina.eval.report.contents import (
+    BETTER,
+    SAME,
+    UNTESTED,
+    WORSE,
+    Bench,
+    Difference,
+    Duel,
+    Entry,
+    Realised,
+    Report,
+    Row,
+    Sample,
+    Speed,
+    Task,
+)
+from wina.eval.report.grid import DENSE, Cell, Grid
 from wina.eval.report.significance import LEVEL, compare, holm, z_test
 
-BETTER, WORSE, SAME, UNTESTED = "better", "worse", "no difference shown", "not tested"
 _AVERAGED_KINDS = ("lm_eval", "needle")
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A value less a reference, and whether chance explains it.
-
-    Attributes:
-        value: in the unit of the metric, not turned round for metrics where lower is better.
-        stderr: of the difference, documents paired; None if they could not be paired.
-        p: two-sided, uncorrected.
-        p_holm: corrected over all comparisons of its table.
-        test: what gave p.
-        documents: pairs it rests on.
-        verdict: better, worse, no difference shown, not tested.
-    """
-
-    value: float
-    stderr: float | None = None
-    p: float | None = None
-    p_holm: float | None = None
-    test: str | None = None
-    documents: int | None = None
-    verdict: str = UNTESTED
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One method at one sparsity on one task; ``value`` is None if the cell is missing."""
-
-    method: str
-    sparsity: float
-    task: str
-    value: float | None = None
-    stderr: float | None = None
-    difference: Difference | None = None
-    recovery: float | None = None
-    agreement: Agreement | None = None
-    weights_read: float | None = None
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Task:
-    """A column of the report.
-
-    Attributes:
-        name: the task's.
-        kind: lm_eval, perplexity, agreement, needle, generation.
-        metric: the primary one.
-        higher_is_better: its direction.
-        percent: shown times 100 (a share); else as it is.
-        averaged: part of the mean over tasks.
-        chance: score of guessing; None if unknown.
-    """
-
-    name: str
-    kind: str
-    metric: str
-    higher_is_better: bool
-    percent: bool
-    averaged: bool
-    chance: float | None
-
-
-@dataclass(frozen=True)
-class Speed:
-    """A row of a decode bench."""
-
-    method: str
-    sparsity: float
-    engine: str
-    dtype: str
-    batch: int | None
-    context: int | None
-    tokens_per_s: float | None
-    speedup: float | None
-    low: float | None
-    high: float | None
-    byte_ideal: float | None
-    verdict: str | None
-    title: str
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Where the speeds come from."""
-
-    title: str
-    machine: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method at one sparsity over all tasks.
-
-    Attributes:
-        method: its name.
-        sparsity: asked for.
-        cells: measured, of ``asked``.
-        asked: number of tasks.
-        averaged: tasks that the mean needs and has.
-        mean: over the averaged tasks; None unless all of them are there.
-        stderr: of the mean, from the tasks' standard errors.
-        difference: of the mean to dense.
-        recovery: mean over dense mean.
-        above_chance: the same after the score of guessing is taken off both.
-        better: tasks significantly better than dense.
-        worse: tasks significantly worse than dense.
-        weights_read: share of projection weights read, by bytes, mean over tasks.
-        kl: mean over tasks, nats per token.
-        top1: mean over tasks.
-        speed: of a decode bench, if there is one.
-    """
-
-    method: str
-    sparsity: float
-    cells: int
-    asked: int
-    averaged: int
-    mean: float | None = None
-    stderr: float | None = None
-    difference: Difference | None = None
-    recovery: float | None = None
-    above_chance: float | None = None
-    better: int = 0
-    worse: int = 0
-    weights_read: float | None = None
-    kl: float | None = None
-    top1: float | None = None
-    speed: Speed | None = None
-
-
-@dataclass(frozen=True)
-class Duel:
-    """Two methods at the same sparsity: the first less the second.
-
-    ``better`` and ``worse`` count tasks by p corrected over all duels' tasks.
-    """
-
-    first: str
-    second: str
-    sparsity: float
-    tasks: int
-    difference: Difference | None
-    better: int
-    worse: int
-    compared: int
-
-
-@dataclass(frozen=True)
-class Realised:
-    """Share of weights skipped by each projection: [layer][type], None where there is none."""
-
-    method: str
-    sparsity: float
-    types: tuple[str, ...]
-    layers: tuple[tuple[float | None, ...], ...]
-
-    def by_type(self) -> dict[str, float]:
-        """Type → mean over layers."""
-        columns = zip(self.types, zip(*self.layers, strict=True), strict=True)
-        return {name: mean for name, column in columns if (mean := _mean(column)) is not None}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt at one sparsity: (method, text), dense first if there is one."""
-
-    task: str
-    sparsity: float
-    prompt: str
-    texts: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that is shown."""
-
-    header: Mapping[str, Any]
-    warnings: tuple[str, ...]
-    measured: int
-    asked: int
-    tasks: tuple[Task, ...]
-    rows: tuple[Row, ...]
-    entries: tuple[Entry, ...]
-    duels: tuple[Duel, ...]
-    speeds: tuple[Speed, ...]
-    benches: tuple[Bench, ...]
-    realised: tuple[Realised, ...]
-    samples: tuple[Sample, ...]
-    metrics: tuple[Mapping[str, Any], ...]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every cell that was asked for is there."""
-        return self.measured == self.asked
-
-    @property
-    def averaged(self) -> tuple[str, ...]:
-        """Names of the tasks that make up the mean."""
-        return tuple(task.name for task in self.tasks if task.averaged)
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """Sparse methods, in order."""
-        return tuple(dict.fromkeys(row.method for row in self.rows if row.method != DENSE))
-
-    @property
-    def sparsities(self) -> tuple[float, ...]:
-        """Asked of the sparse methods, in order."""
-        return tuple(dict.fromkeys(row.sparsity for row in self.rows if row.method != DENSE))
-
-    def entries_of(self, row: Row) -> list[Entry]:
-        """A row's entries, in the order of the tasks."""
-        return [e for e in self.entries if (e.method, e.sparsity) == (row.method, row.sparsity)]
 
 
 def summarise(grid: Grid) -> Report:
@@ -244,7 +45,7 @@ def summarise(grid: Grid) -> Report:
         tasks=tasks,
         rows=_rows(grid, tasks, entries, speeds),
         entries=entries,
-        duels=_duels(grid, tasks),
+        duels=_duels(grid, tasks, entries),
         speeds=speeds,
         benches=tuple(_bench(run) for run in grid.benches),
         realised=tuple(_realised(grid)),
@@ -259,7 +60,9 @@ def _task(grid: Grid, name: str) -> Task:
         return Task(name, "", "", True, False, False, None)
     first = next((cell for cell in cells if cell.method == DENSE), cells[0])
     share = first.metric.higher_is_better and all(
-        0 <= cell.metrics[first.primary].value <= 1 for cell in cells if first.primary in cell.metrics
+        0 <= cell.metrics[first.primary].value <= 1
+        for cell in cells
+        if first.primary in cell.metrics
     )
     return Task(
         name, first.kind, first.primary, first.metric.higher_is_better, share,
@@ -271,7 +74,10 @@ def _compare(task: Task, cell: Cell, other: Cell) -> Difference:
     """A cell less another one of the same task, not yet corrected."""
     metric, reference = cell.metrics[task.metric], other.metrics[task.metric]
     paired = compare(
-        cell.rows.get(task.metric, ()), other.rows.get(task.metric, ()), metric.value, reference.value
+        cell.rows.get(task.metric, ()),
+        other.rows.get(task.metric, ()),
+        metric.value,
+        reference.value,
     )
     difference = Difference(metric.value - reference.value)
     if paired is None:
@@ -399,7 +205,7 @@ def _mean_difference(differences: Sequence[Difference | None]) -> Difference | N
     return Difference(mean, stderr, z_test(mean, stderr), test="z", documents=documents)
 
 
-def _duels(grid: Grid, tasks: Sequence[Task]) -> tuple[Duel, ...]:
+def _duels(grid: Grid, tasks: Sequence[Task], entries: Sequence[Entry]) -> tuple[Duel, ...]:
     """Every two sparse methods at every sparsity."""
     methods = list(dict.fromkeys(m for m, _ in grid.settings if m != DENSE))
     sparsities = list(dict.fromkeys(s for m, s in grid.settings if m != DENSE))
@@ -419,8 +225,14 @@ def _duels(grid: Grid, tasks: Sequence[Task]) -> tuple[Duel, ...]:
         mean = _mean_difference(means) if means and len(means) == averaged else None
         if mine:
             compared = len(mine) - mine.count(UNTESTED)
+            reads = [
+                _mean(e.weights_read for e in entries if (e.method, e.sparsity) == (m, pair[2]))
+                for m in pair[:2]
+            ]
             duels.append(
-                Duel(*pair, len(mine), mean, mine.count(BETTER), mine.count(WORSE), compared)
+                Duel(
+                    *pair, len(mine), mean, mine.count(BETTER), mine.count(WORSE), compared, *reads
+                )
             )
     judged = _judge([duel.difference for duel in duels], [True] * len(duels))
     return tuple(replace(duel, difference=d) for duel, d in zip(duels, judged, strict=True))
@@ -478,10 +290,14 @@ def _realised(grid: Grid) -> Iterable[Realised]:
             continue
         types = tuple(dict.fromkeys(kind for _, kind in shares))
         layers = range(max(layer for layer, _ in shares) + 1)
+        means = {key: fmean(values) for key, values in shares.items()}
         yield Realised(
-            method, sparsity, types,
-            tuple(tuple(_mean(shares.get((i, t), ())) for t in types) for i in layers),
-        )  # fmt: skip
+            method,
+            sparsity,
+            types,
+            tuple(tuple(means.get((i, t)) for t in types) for i in layers),
+            {t: fmean(v for (_, kind), v in means.items() if kind == t) for t in types},
+        )
 
 
 def _samples(grid: Grid) -> Iterable[Sample]:
@@ -504,7 +320,9 @@ def _metrics(grid: Grid) -> Iterable[dict[str, Any]]:
     for method, sparsity in grid.settings:
         for task in grid.tasks:
             cell = grid.cells.get((method, sparsity, task))
-            for name, metric in sorted(cell.metrics.items()) if cell else ():
+            if cell is None:
+                continue
+            for name, metric in sorted(cell.metrics.items()):
                 yield {
                     "method": method, "sparsity": sparsity, "task": task, "metric": name,
                     "value": metric.value, "stderr": metric.stderr,
@@ -520,7 +338,7 @@ def _weights_read(cell: Cell) -> float | None:
 
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
+    return fmean(known) if known else None
 
 
 def _stderr_of_mean(stderrs: Sequence[float | None]) -> float | None:
@@ -529,4 +347,3 @@ def _stderr_of_mean(stderrs: Sequence[float | None]) -> float | None:
     if not known or len(known) != len(stderrs):
         return None
     return math.sqrt(sum(value**2 for value in known)) / len(known)
-

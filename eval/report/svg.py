@@ -104,8 +104,8 @@ def line_chart(
     x_label: str,
     y_label: str,
     reference: tuple[float, float | None] | None = None,
-    width: float = 420,
-    height: float = 300,
+    width: float = 400,
+    height: float = 270,
     log: bool = False,
 ) -> str:
     """Lines with error bars.
@@ -114,7 +114,7 @@ def line_chart(
         title: above the chart, and its name for screen readers.
         lines: in the order of their styles.
         x_label: with unit.
-        y_label: with unit.
+        y_label: with unit; it stands under the title, where long names of metrics have room.
         reference: (value, standard error) of a dashed line with its band.
         width: of the box.
         height: of the box.
@@ -126,10 +126,11 @@ def line_chart(
         ys = [y for y in ys if y > 0]
     if reference:
         ys += [reference[0] + sign * (reference[1] or 0) for sign in (-1, 1)]
-    left, right, top, bottom = 54.0, width - 12, 34.0, height - 44
-    xs = [p.x for p in points] or [0.0, 100.0]
-    x_axis = Axis(min(xs), max(xs), left, right, ticks=max(3, int((right - left) / 70)))
+    top, bottom, right = 48.0, height - 44, width - 14
     y_axis = Axis(min(ys, default=0.0), max(ys, default=1.0), bottom, top, log)
+    left = 18 + 6.5 * max(len(_tick(tick)) for tick in y_axis.ticks)
+    xs = [p.x for p in points] or [0.0, 100.0]
+    x_axis = Axis(min(xs), max(xs), left, right, ticks=6)
     parts = [_frame(title, x_axis, y_axis, x_label, y_label, width, height)]
     if reference:
         level, error = y_axis.place(reference[0]), reference[1] or 0.0
@@ -159,14 +160,14 @@ def dot_plot(
     x_label: str,
     reference: float,
     limits: tuple[float, float],
-    width: float = 420,
+    width: float = 400,
 ) -> str:
     """Rows of dots: ``Point.y`` is the index of its name, ``reference`` a dashed vertical line."""
     left, top, pitch = 62.0, 34.0, 24.0
     right, bottom = width - 12, top + pitch * len(names)
     height = bottom + 44
     axis = Axis(*limits, left, right)
-    parts = [text(title, left, 18, class_="title")]
+    parts = [_heading(title, 8, 18, width, class_="title")]
     parts += [_vertical(axis, tick, top, bottom) for tick in axis.ticks]
     parts += [
         text(name, left - 8, top + pitch * (i + 0.5) + 4, class_="tick", text_anchor="end")
@@ -193,10 +194,13 @@ def heat_map(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[tuple[float, str] | None]]
 ) -> str:
     """Cells from −1 (class ``less``) to 1 (``more``), each (value, tooltip); rows go downwards."""
-    left, top, wide = 34.0, 62.0, 22.0
+    left, top, wide = 38.0, 66.0, 22.0
     high = min(14.0, max(3.0, 260 / max(1, len(rows))))
     width, height = left + wide * len(columns) + 26, top + high * len(rows) + 8
-    parts = [text(title, 4, 16, class_="title")]
+    parts = [
+        _heading(title, 8, 18, width, class_="title"),
+        text("layer", 6, top - 6, class_="tick"),
+    ]
     for i, name in enumerate(columns):
         x = left + wide * (i + 0.5)
         parts.append(text(name, x, top - 5, class_="tick",
@@ -222,22 +226,22 @@ def heat_map(
 
 def colour_bar(low: str, middle: str, high: str) -> str:
     """The key of a heat map, from full ``less`` over nothing to full ``more``."""
-    parts = []
-    for i in range(-10, 11):
-        parts.append(tag("rect", x=10 + (i + 10) * 12, y=4, width=12, height=14,
-                         class_="more" if i > 0 else "less", fill_opacity=abs(i) / 10))  # fmt: skip
-    parts.append(tag("rect", x=10, y=4, width=252, height=14, class_="frame"))
-    for words, x, anchor in ((low, 10, "start"), (middle, 136, "middle"), (high, 262, "end")):
+    parts = [
+        tag("rect", x=(i + 10) * 16, y=4, width=16, height=14,
+            class_="more" if i > 0 else "less", fill_opacity=abs(i) / 10)
+        for i in range(-10, 11)
+    ]  # fmt: skip
+    parts.append(tag("rect", x=0.5, y=4, width=335, height=14, class_="frame"))
+    for words, x, anchor in ((low, 0, "start"), (middle, 168, "middle"), (high, 336, "end")):
         parts.append(text(words, x, 33, class_="tick", text_anchor=anchor))
-    return _svg("colour scale", parts, 272, 38, fixed=True)
+    return _svg("colour scale", parts, 336, 38, fixed=True)
 
 
 def _frame(
     title: str, x: Axis, y: Axis, x_label: str, y_label: str, width: float, height: float
 ) -> str:
-    middle = (y.start + y.end) / 2
     parts = [
-        text(title, 8, 18, class_="title"),
+        _heading(title, 8, 18, width, class_="title"),
         *(_vertical(x, tick, y.end, y.start) for tick in x.ticks),
     ]
     for tick in y.ticks:
@@ -247,9 +251,17 @@ def _frame(
     parts.append(tag("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"))
     parts.append(text(x_label, (x.start + x.end) / 2, height - 8, class_="label",
                       text_anchor="middle"))  # fmt: skip
-    parts.append(text(y_label, 13, middle, class_="label", text_anchor="middle",
-                      transform=f"rotate(-90 13 {_value(middle)})"))  # fmt: skip
+    parts.append(_heading(y_label, 8, 35, width, class_="label"))
     return "".join(parts)
+
+
+def _heading(words: str, x: float, y: float, width: float, **attributes: object) -> str:
+    """Text cut to the width of its chart, in full as a tooltip."""
+    most = int((width - x) / 7.2)
+    if len(words) <= most:
+        return text(words, x, y, **attributes)
+    cut = escape(words[: most - 1] + "…")
+    return tag("text", tag("title", escape(words)), cut, x=x, y=y, **attributes)
 
 
 def _vertical(axis: Axis, tick: float, top: float, bottom: float) -> str:
@@ -259,9 +271,7 @@ def _vertical(axis: Axis, tick: float, top: float, bottom: float) -> str:
     )
 
 
-def _svg(
-    title: str, parts: Sequence[str], width: float, height: float, fixed: bool = False
-) -> str:
+def _svg(title: str, parts: Sequence[str], width: float, height: float, fixed: bool = False) -> str:
     size = {"width": width, "height": height} if fixed else {}
     return tag("svg", *parts, viewBox=f"0 0 {_value(width)} {_value(height)}", role="img",
                aria_label=title, class_="chart", **size)  # fmt: skip

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from wina.eval.report.contents import BETTER, SAME, WORSE, Difference, Report, Task
 from wina.eval.report.grid import DENSE
 from wina.eval.report.significance import LEVEL
-from wina.eval.report.summary import BETTER, SAME, WORSE, Difference, Report, Task
 
 MISSING = "–"
 MARKS = {BETTER: "▲", WORSE: "▼", SAME: "="}
@@ -209,4 +209,8 @@ def _is_number(text: str) -> bool:
 
 
 def _minus(text: str) -> str:
-    return text.replace("-", "−") if float(text) or not math.isfinite(float(text)) else text.lstrip("-")
+    return (
+        text.replace("-", "−")
+        if float(text) or not math.isfinite(float(text))
+        else text.lstrip("-")
+    )

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from wina.errors import WinaError
 from wina.eval.report import words
+from wina.eval.report.contents import Report
 from wina.eval.report.grid import load
 from wina.eval.report.render import RENDERERS
-from wina.eval.report.summary import Report, summarise
+from wina.eval.report.summary import summarise
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,7 @@ class Written:
     paths: dict[str, Path]
 
 
-def write_report(
-    folder: Path, output: Path | None = None, benches: Sequence[Path] = ()
-) -> Written:
+def write_report(folder: Path, output: Path | None = None, benches: Sequence[Path] = ()) -> Written:
     """Write report.html, report.md, report.csv and report.json of a grid, finished or not.
 
     Args:

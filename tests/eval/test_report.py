@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 from wina.cli import app
 from wina.errors import WinaError
 from wina.eval.report.chance import chance
+from wina.eval.report.contents import BETTER, SAME, UNTESTED, WORSE, Report
 from wina.eval.report.differences import segments
 from wina.eval.report.grid import load
 from wina.eval.report.render import COLUMNS, RENDERERS, to_csv, to_html, to_json, to_markdown
-from wina.eval.report.summary import BETTER, SAME, UNTESTED, WORSE, Report, summarise
+from wina.eval.report.summary import summarise
 from wina.eval.report.write import write_report
 
 FEW = ("piqa", "lambada_openai", "wikitext2", "greedy_generation")
@@ -135,7 +136,7 @@ def test_realised_by_layer_and_type(whole: Report) -> None:
     found = whole.realised[0]
     assert (len(found.layers), found.types[0]) == (6, "q_proj")
     mean = sum(layer[0] for layer in found.layers) / 6
-    assert found.by_type()["q_proj"] == pytest.approx(mean)
+    assert found.by_type["q_proj"] == pytest.approx(mean)
 
 
 def test_speed_is_of_the_smallest_batch(tmp_path: Path) -> None:
