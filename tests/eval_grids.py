@@ -95,14 +95,18 @@ def cell(
     }  # fmt: skip
     if task == "wikitext2":
         nats = 3.41 + 0.3 * difficulty + harm + 0.05 * noise
+        stderr = float(nats.std(ddof=1)) / documents**0.5
+        made |= {"kind": "perplexity", **_metrics("nats", float(nats.mean()), stderr, False, nats)}
         value = float(np.exp(nats.mean()))
-        stderr = value * float(nats.std(ddof=1)) / documents**0.5
-        made |= {"kind": "perplexity", **_metrics("perplexity", value, stderr, False, nats)}
+        made["metrics"]["perplexity"] = {
+            "value": value, "stderr": value * stderr, "higher_is_better": False,
+        }  # fmt: skip
+        made["primary"] = "perplexity"
     elif task == "greedy_generation":
         kept = np.round(64 * np.exp(-12 * harm * np.abs(difficulty)))
         made |= {
             "kind": "generation",
-            **_metrics("tokens_before_divergence", float(kept.mean()), None, True, kept),
+            **_metrics("same_prefix", float(kept.mean()), None, True, kept),
         }
         words = TEXT.split()
         changed = [w if own.random() > 4 * harm else w.upper() for w in words]

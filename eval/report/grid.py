@@ -136,9 +136,11 @@ def load(folder: Path, benches: Sequence[Path] = ()) -> Grid:
             f"{header.get('version')}; this wina reads {FORMAT!r} of version {VERSION}"
         )
     methods = [str(name) for name in header.get("methods") or ()]
-    sparsities = [float(s) for s in header.get("sparsities") or () if s]
+    sparsities = [float(share) for share in header.get("sparsities") or ()]
     settings = [(DENSE, 0.0)]
-    settings += [(m, s) for m in dict.fromkeys(methods) if m != DENSE for s in sparsities]
+    settings += [
+        (m, s) for m in dict.fromkeys(methods) if m != DENSE for s in dict.fromkeys(sparsities)
+    ]
     tasks = tuple(dict.fromkeys(str(task) for task in header.get("tasks") or ()))
     cells, warnings = _cells(folder / "cells", header, set(settings), set(tasks))
     if DENSE not in methods and not any(method == DENSE for method, _, _ in cells):

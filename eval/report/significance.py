@@ -12,15 +12,24 @@ from scipy import stats
 LEVEL = 0.05
 """A difference counts if its corrected p is below this."""
 
-# How far a metric may lie from its documents' mean: windows and documents differ in length, so a
-# perplexity is only near the exponential of the plain mean.
-_TOLERANCE = 0.02
 
-# How a metric may come from its documents' mean m, each with its derivative.
-_LINKS: tuple[tuple[Callable[[float], float], Callable[[float], float]], ...] = (
-    (lambda m: m, lambda m: 1.0),
-    (lambda m: _exp(m), lambda m: _exp(m)),  # perplexity from mean nats
-    (lambda m: _exp(-m), lambda m: -_exp(-m)),  # perplexity from mean log-likelihoods
+@dataclass(frozen=True)
+class _Link:
+    """How a metric may come from its documents' mean m.
+
+    ``tolerance`` is how far, relatively, the metric may lie from what the plain mean gives: a
+    perplexity weights windows and documents by their tokens, the mean here counts them alike.
+    """
+
+    value: Callable[[float], float]
+    slope: Callable[[float], float]
+    tolerance: float
+
+
+_LINKS = (
+    _Link(lambda m: m, lambda m: 1.0, 0.02),
+    _Link(lambda m: _exp(m), lambda m: _exp(m), 0.2),  # perplexity of mean nats
+    _Link(lambda m: _exp(-m), lambda m: -_exp(-m), 0.2),  # perplexity of mean log-likelihoods
 )
 
 
@@ -116,9 +125,9 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
 def _weighted(rows: np.ndarray, metric: float) -> np.ndarray | None:
     """Rows times the metric's derivative, so that their differences are in the metric's unit."""
     mean = float(rows.mean())
-    for link, slope in _LINKS:
-        if math.isclose(link(mean), metric, rel_tol=_TOLERANCE, abs_tol=1e-9):
-            return rows * slope(mean)
+    for link in _LINKS:
+        if math.isclose(link.value(mean), metric, rel_tol=link.tolerance, abs_tol=1e-9):
+            return rows * link.slope(mean)
     return None
 
 

@@ -30,6 +30,10 @@ from wina.eval.report.grid import DENSE, Cell, Grid
 from wina.eval.report.significance import LEVEL, compare, holm, z_test
 
 _AVERAGED_KINDS = ("lm_eval", "needle")
+# What these measure is a distance to the dense model: nothing is left to compare with it.
+_RELATIVE_KINDS = ("agreement", "generation")
+# Metrics whose documents are stored under another name.
+_ROWS_OF = {"perplexity": "nats"}
 
 
 def summarise(grid: Grid) -> Report:
@@ -73,12 +77,9 @@ def _task(grid: Grid, name: str) -> Task:
 def _compare(task: Task, cell: Cell, other: Cell) -> Difference:
     """A cell less another one of the same task, not yet corrected."""
     metric, reference = cell.metrics[task.metric], other.metrics[task.metric]
-    paired = compare(
-        cell.rows.get(task.metric, ()),
-        other.rows.get(task.metric, ()),
-        metric.value,
-        reference.value,
-    )
+    name = task.metric if task.metric in cell.rows else _ROWS_OF.get(task.metric, "")
+    rows, others = cell.rows.get(name, ()), other.rows.get(name, ())
+    paired = compare(rows, others, metric.value, reference.value)
     difference = Difference(metric.value - reference.value)
     if paired is None:
         return difference
@@ -97,9 +98,8 @@ def _judge(
         if difference is None or p is None:
             judged.append(difference)
             continue
-        outside = difference.stderr is None or abs(difference.value) > difference.stderr
         verdict = SAME
-        if p < LEVEL and outside:
+        if p < LEVEL:
             verdict = BETTER if (difference.value > 0) == up else WORSE
         judged.append(replace(difference, p_holm=p, verdict=verdict))
     return judged
@@ -125,6 +125,8 @@ def _entry(grid: Grid, task: Task, method: str, sparsity: float) -> Entry:
     )  # fmt: skip
     dense = grid.cells.get((DENSE, 0.0, task.name))
     if method == DENSE or dense is None or task.metric not in dense.metrics:
+        return entry
+    if task.kind in _RELATIVE_KINDS:
         return entry
     reference = dense.metrics[task.metric].value
     return replace(

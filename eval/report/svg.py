@@ -160,7 +160,7 @@ def dot_plot(
     x_label: str,
     reference: float,
     limits: tuple[float, float],
-    width: float = 400,
+    width: float = 320,
 ) -> str:
     """Rows of dots: ``Point.y`` is the index of its name, ``reference`` a dashed vertical line."""
     left, top, pitch = 62.0, 34.0, 24.0

@@ -14,13 +14,16 @@ MISSING = "–"
 MARKS = {BETTER: "▲", WORSE: "▼", SAME: "="}
 NOTES = (
     "A difference is called better or worse only if its p, corrected by Holm's method over all "
-    f"comparisons of its table, is below {LEVEL} and it lies outside its standard error. "
-    "Everything else is no difference shown, which is not the same as no difference.",
+    f"comparisons of its table, is below {LEVEL}. Everything else is no difference shown, which is "
+    "not the same as no difference.",
     "Comparisons pair the documents that both runs scored: McNemar's exact test where a document "
     "is right or wrong, the paired t test for other values, and for means over tasks a z test on "
-    "the paired standard errors. A metric whose documents do not average to it is not tested.",
+    "the paired standard errors. Perplexities are tested on the mean nats of their windows or "
+    "documents, each counted alike. A metric whose documents do not average to it is not tested.",
     "Only the primary metric of a task is tested. Accuracies rise and perplexities fall with "
     "quality; differences keep the metric's own sign, arrows and colours follow quality.",
+    "Tasks of the kinds generation and agreement measure a distance to the dense model, so they "
+    "are not compared with it. A text that goes another way is not a worse text.",
     "Tasks are averaged if their primary metric is a share, higher is better, and the kind is "
     "lm_eval or needle; standard errors of the tasks are taken as independent. A mean is shown "
     "only if all averaged tasks were measured.",

@@ -67,7 +67,19 @@ def test_whole_grid(whole: Report) -> None:
         assert row.weights_read == pytest.approx(1 - row.sparsity - 0.002)
         assert row.kl > 0
     lost = [row for row in sparse if row.sparsity == 0.65]
-    assert all(row.difference.verdict == WORSE and row.worse >= 3 for row in lost)
+    assert all(row.difference.verdict == WORSE and row.worse == 3 for row in lost)
+
+
+def test_perplexity_is_tested_on_its_nats(whole: Report) -> None:
+    entry = next(e for e in whole.entries if e.task == "wikitext2" and e.sparsity == 0.65)
+    assert (entry.difference.test, entry.difference.documents) == ("paired t", 200)
+    assert entry.difference.verdict == WORSE
+    assert entry.recovery is None
+
+
+def test_distance_to_dense_is_not_compared_with_dense(whole: Report) -> None:
+    entries = [e for e in whole.entries if e.task == "greedy_generation"]
+    assert all(e.value is not None and e.difference is None for e in entries)
 
 
 @pytest.mark.parametrize(("higher", "verdict"), [(True, BETTER), (False, WORSE)])
