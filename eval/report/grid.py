@@ -128,7 +128,7 @@ def load(folder: Path, benches: Sequence[Path] = ()) -> Grid:
     header = _document(folder / "grid.json")
     if header is None:
         raise WinaError(
-            f"{folder} holds no readable grid.json; make a grid with `wina eval run --output DIR`"
+            f"{folder} holds no readable grid.json: name the --output folder of a `wina eval` grid"
         )
     if header.get("format") != FORMAT or header.get("version") != VERSION:
         raise WinaError(

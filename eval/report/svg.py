@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-_RADIUS = 4.0
+# Below this ratio of its ends a logarithmic axis would be all empty decades.
+_LOG_RANGE = 1e-12
 _MARKERS = (
     "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",  # circle
     "M-3.6,-3.6h7.2v7.2h-7.2z",  # square
@@ -72,12 +73,12 @@ def swatch(style: int) -> str:
 
 
 class Axis:
-    """A scale from data to pixels with round ticks; logarithmic if asked and possible."""
+    """A scale from data to pixels with round ticks; logarithmic if asked and sensible."""
 
     def __init__(
         self, low: float, high: float, start: float, end: float, log: bool = False, ticks: int = 5
     ) -> None:
-        self.log = log and low > 0
+        self.log = log and low > _LOG_RANGE * high
         if low == high:
             slack = abs(low) * 0.05 or 1.0
             low, high = low - slack, high + slack
@@ -289,8 +290,11 @@ def _ticks(low: float, high: float, wanted: int) -> list[float]:
 def _log_ticks(low: float, high: float) -> list[float]:
     """1, 2, 5 of every decade; only decades if there are many; even steps if there are few."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    mantissas = (1, 2, 5) if len(decades) <= 4 else (1,)
-    found = [m * 10.0**d for d in decades for m in mantissas if low <= m * 10.0**d <= high]
+    if len(decades) <= 4:
+        ticks = [m * 10.0**d for d in decades for m in (1, 2, 5)]
+    else:
+        ticks = [10.0**d for d in decades[:: math.ceil(len(decades) / 8)]]
+    found = [tick for tick in ticks if low <= tick <= high]
     return found if len(found) >= 3 else _ticks(low, high, 5)
 
 
