@@ -17,6 +17,7 @@ from wina.cli_options import (
     read_text,
     resolve_model,
 )
+from wina.errors import WinaError
 
 app = typer.Typer(no_args_is_help=True, help="Measure quality. Last stdout line: JSON.")
 
@@ -78,8 +79,10 @@ def eval_report(
     Methods × sparsities × tasks with standard errors, paired tests against dense, the bytes read,
     agreement with the dense model, and pictures. Decode runs in FOLDER are shown, too.
     """
-    from wina.eval.report.write import print_written, write_report
-
+    try:
+        from wina.eval.report.write import print_written, write_report
+    except ModuleNotFoundError as error:
+        raise WinaError(f"the report needs {error.name}: pip install 'wina[eval]'") from None
     written = write_report(folder, output, bench or ())
     print_written(written)
     if open_page:

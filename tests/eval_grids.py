@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -65,6 +66,12 @@ def write_header(
         "machine": {"cpu": "Example CPU", "threads": 2},
         "command": "wina eval run --model smollm2-135m-instruct --output out/grid",
         "created": "2026-01-02T03:04:05+00:00",
+        "cells": [
+            {"key": key(m, s, task), "method": m, "sparsity": s, "task": task}
+            for m in methods
+            for s in ((0.0,) if m == "dense" else sparsities)
+            for task in tasks
+        ],
         **more,
     }  # fmt: skip
     (folder / "grid.json").write_text(json.dumps(header))
@@ -75,6 +82,11 @@ def write_cell(folder: Path, made: dict[str, Any]) -> Path:
     path = folder / "cells" / f"{made['key']}.json"
     path.write_text(json.dumps(made))
     return path
+
+
+def key(method: str, sparsity: float, task: str) -> str:
+    """Name of a cell's file."""
+    return hashlib.sha256(f"{method} {sparsity} {task}".encode()).hexdigest()[:32]
 
 
 def cell(
@@ -88,8 +100,7 @@ def cell(
     noise = own.normal(size=documents) * (0.3 if sparsity else 0.0)
     made: dict[str, Any] = {
         "format": "wina-eval", "version": 1,
-        "key": f"{method}-{sparsity:g}-{task}".replace("/", "_"),
-        "identity": {"method": method, "protocol": "last:0.99", "limit": documents},
+        "key": key(method, sparsity, task), "identity": {},
         "method": method, "sparsity": sparsity, "task": task, "seconds": 12.5,
         "created": "2026-01-02T03:04:05+00:00", "samples": [], "agreement": None, "realised": None,
     }  # fmt: skip

@@ -16,7 +16,6 @@ _CHANCE = {
     "gsm8k": 0.0,  # answers are generated
     "lambada": 0.0,
     "triviaqa": 0.0,
-    "needle": 0.0,
 }
 
 

@@ -96,7 +96,7 @@ class Grid:
     """What was asked and what there is.
 
     Attributes:
-        header: grid.json.
+        header: grid.json without its list of cells.
         settings: (method, sparsity) in the order asked, dense first.
         tasks: in the order asked.
         cells: those that were read.
@@ -115,8 +115,8 @@ class Grid:
 def load(folder: Path, benches: Sequence[Path] = ()) -> Grid:
     """Read a grid, finished or not.
 
-    A cell that cannot be read, or that was measured with other settings than the grid's, is left
-    out with a warning: the report then shows it as missing.
+    Only the cells that grid.json names are read: the folder may hold those of other grids. One that
+    cannot be read is left out with a warning: the report then shows it as missing.
 
     Args:
         folder: with grid.json.
@@ -135,59 +135,45 @@ def load(folder: Path, benches: Sequence[Path] = ()) -> Grid:
             f"{folder / 'grid.json'} is {header.get('format')!r} of version "
             f"{header.get('version')}; this wina reads {FORMAT!r} of version {VERSION}"
         )
-    methods = [str(name) for name in header.get("methods") or ()]
-    sparsities = [float(share) for share in header.get("sparsities") or ()]
-    settings = [(DENSE, 0.0)]
-    settings += [
-        (m, s) for m in dict.fromkeys(methods) if m != DENSE for s in dict.fromkeys(sparsities)
-    ]
-    tasks = tuple(dict.fromkeys(str(task) for task in header.get("tasks") or ()))
-    cells, warnings = _cells(folder / "cells", header, set(settings), set(tasks))
-    if DENSE not in methods and not any(method == DENSE for method, _, _ in cells):
-        settings.pop(0)
+    try:
+        named = {
+            (str(c["method"]), float(c["sparsity"]), str(c["task"])): str(c["key"])
+            for c in header["cells"]
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise WinaError(f"{folder / 'grid.json'} does not name its cells ({error!r})") from None
+    cells, warnings = _cells(folder / "cells", named)
     beside = [path for path in sorted(folder.glob("*.json")) if _is_decode_run(path)]
     found = [_decode_run(path) for path in dict.fromkeys([*beside, *benches])]
-    return Grid(header, tuple(settings), tasks, cells, tuple(found), tuple(warnings))
+    return Grid(
+        header={name: value for name, value in header.items() if name != "cells"},
+        settings=tuple(dict.fromkeys((method, sparsity) for method, sparsity, _ in named)),
+        tasks=tuple(dict.fromkeys(task for _, _, task in named)),
+        cells=cells,
+        benches=tuple(found),
+        warnings=tuple(warnings),
+    )
 
 
-def _cells(
-    folder: Path, header: Mapping[str, Any], settings: set[tuple[str, float]], tasks: set[str]
-) -> tuple[dict[Key, Cell], list[str]]:
-    kept: dict[Key, tuple[str, Cell]] = {}
+def _cells(folder: Path, named: Mapping[Key, str]) -> tuple[dict[Key, Cell], list[str]]:
+    """The cells that are there, and what is wrong with those that are not as they should be."""
+    cells: dict[Key, Cell] = {}
     warnings = []
-    other, twice = 0, 0
-    for path in sorted(folder.glob("*.json")):
-        data = _document(path)
+    for key, name in named.items():
+        path = folder / f"{name}.json"
+        if not path.exists():
+            continue
         try:
+            data = _document(path)
             if data is None or data.get("format") != FORMAT or data.get("version") != VERSION:
-                raise ValueError("not a cell of this version")
+                raise ValueError("no cell of this version")
             cell = _cell(data)
+            if cell.key != key:
+                raise ValueError(f"it is a cell of {cell.method}, {cell.sparsity}, {cell.task}")
+            cells[key] = cell
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            warnings.append(f"{path.name} cannot be read ({error}); measure it again")
-            continue
-        asked = (cell.method, cell.sparsity) in settings and cell.task in tasks
-        if not asked or _differs(data.get("identity"), header):
-            other += 1
-            continue
-        created = str(data.get("created") or "")
-        if cell.key in kept:
-            twice += 1
-            if kept[cell.key][0] >= created:
-                continue
-        kept[cell.key] = created, cell
-    if other:
-        warnings.append(f"{_count(other, 'cell')} of other settings than grid.json's left out")
-    if twice:
-        warnings.append(f"{_count(twice, 'cell')} measured twice: the newer one is shown")
-    return {key: cell for key, (_, cell) in kept.items()}, warnings
-
-
-def _differs(identity: Any, header: Mapping[str, Any]) -> bool:
-    """Whether a cell says that it was measured under another protocol than the grid's."""
-    if not isinstance(identity, dict):
-        return False
-    fields = ("protocol", "limit", "num_fewshot")
-    return any(f in identity and f in header and identity[f] != header[f] for f in fields)
+            warnings.append(f"{path.name} is left out ({error}): remove it and measure it again")
+    return cells, warnings
 
 
 def _cell(data: Mapping[str, Any]) -> Cell:
@@ -202,13 +188,12 @@ def _cell(data: Mapping[str, Any]) -> Cell:
     if not metrics:
         raise ValueError("no metric")
     primary = data.get("primary")
-    method = str(data["method"])
     agreement = data.get("agreement") or {}
     realised = data.get("realised") or {}
     numbers = [_number(agreement.get(name)) for name in ("kl", "kl_stderr", "top1")]
     return Cell(
-        method=method,
-        sparsity=0.0 if method == DENSE else float(data["sparsity"]),
+        method=str(data["method"]),
+        sparsity=float(data["sparsity"]),
         task=str(data["task"]),
         kind=str(data.get("kind") or "lm_eval"),
         metrics=metrics,
@@ -262,7 +247,3 @@ def _decode_run(path: Path) -> dict[str, Any]:
             f"{path} is a {run['bench']} run; the report shows runs of `wina bench decode --output`"
         )
     return run
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -29,7 +29,6 @@ from wina.eval.report.contents import (
 from wina.eval.report.grid import DENSE, Cell, Grid
 from wina.eval.report.significance import LEVEL, compare, holm, z_test
 
-_AVERAGED_KINDS = ("lm_eval", "needle")
 # What these measure is a distance to the dense model: nothing is left to compare with it.
 _RELATIVE_KINDS = ("agreement", "generation")
 # Metrics whose documents are stored under another name.
@@ -70,7 +69,7 @@ def _task(grid: Grid, name: str) -> Task:
     )
     return Task(
         name, first.kind, first.primary, first.metric.higher_is_better, share,
-        share and first.kind in _AVERAGED_KINDS, chance(name),
+        share and first.kind == "lm_eval", chance(name),
     )  # fmt: skip
 
 

@@ -24,9 +24,8 @@ NOTES = (
     "quality; differences keep the metric's own sign, arrows and colours follow quality.",
     "Tasks of the kinds generation and agreement measure a distance to the dense model, so they "
     "are not compared with it. A text that goes another way is not a worse text.",
-    "Tasks are averaged if their primary metric is a share, higher is better, and the kind is "
-    "lm_eval or needle; standard errors of the tasks are taken as independent. A mean is shown "
-    "only if all averaged tasks were measured.",
+    "The mean is over lm-eval's tasks whose primary metric is a share and higher is better; their "
+    "standard errors are taken as independent. It is shown only if all of them were measured.",
     "Weights read is one less the realised sparsity: the share of projection weights, by bytes, "
     "that a sparse token read, mean over tasks. Embeddings, the language-model head and the cache "
     "are not counted.",
@@ -108,6 +107,11 @@ def times(ratio: float | None) -> str:
 def given(value: Any) -> str:
     """A setting, or that it is not known."""
     return MISSING if value is None else str(value)
+
+
+def ending(text: str, most: int = 400) -> str:
+    """The end of a long prompt, where the question stands."""
+    return text if len(text) <= most else f"… {text[-most:]}"
 
 
 def p_value(value: float | None) -> str:

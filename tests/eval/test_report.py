@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from eval_grids import bench, cell, make_grid, write_cell, write_header
+from eval_grids import bench, cell, key, make_grid, write_cell, write_header
 from typer.testing import CliRunner
 
 from wina.cli import app
@@ -206,7 +206,7 @@ def test_without_dense(tmp_path: Path) -> None:
 def test_optional_fields(tmp_path: Path) -> None:
     write_header(tmp_path, ["t"], ["dense", "wina"], [0.5])
     path = tmp_path / "grid.json"
-    least = ("format", "version", "methods", "sparsities", "tasks")
+    least = ("format", "version", "cells")
     header = json.loads(path.read_text())
     path.write_text(json.dumps({name: header[name] for name in least}))
     made = cell("wina", 0.5, "t")
@@ -227,21 +227,14 @@ def test_infinite_perplexity(tmp_path: Path) -> None:
 
 def test_cells_that_do_not_belong(tmp_path: Path) -> None:
     folder = make_grid(tmp_path, ["piqa"], sparsities=(0.5,))
-    other = cell("wina", 0.5, "piqa", 200)
-    other |= {"key": "other", "created": "2030"}
-    other["identity"]["limit"] = 7
-    write_cell(folder, other)
-    newer = cell("teal", 0.5, "piqa", 200)
-    newer |= {"key": "newer", "created": "2030", "metrics": {"acc": metric(0.99)}}
-    write_cell(folder, newer)
-    (folder / "cells" / "half.json").write_text('{"format": "wina-ev')
+    write_cell(folder, {**cell("wina", 0.5, "piqa"), "key": "of another grid"})
+    write_cell(folder, {**cell("wina", 0.4, "piqa"), "key": key("teal", 0.5, "piqa")})
+    (folder / "cells" / f"{key('wina', 0.5, 'piqa')}.json").write_text('{"format": "wina-ev')
     report = report_of(folder)
-    assert report.complete
-    values = {e.method: e.value for e in report.entries}
-    assert values["teal"] == 0.99
-    assert values["wina"] == cell("wina", 0.5, "piqa", 200)["metrics"]["acc"]["value"]
-    assert len(report.warnings) == 3
-    assert "half.json cannot be read" in report.warnings[0]
+    assert (report.measured, report.asked) == (1, 3)
+    wrong, damaged = report.warnings
+    assert "it is a cell of wina, 0.4, piqa" in wrong
+    assert f"{key('wina', 0.5, 'piqa')}.json is left out" in damaged
 
 
 @pytest.mark.parametrize(
@@ -250,6 +243,8 @@ def test_cells_that_do_not_belong(tmp_path: Path) -> None:
         (None, "no readable grid.json"),
         ("[1]", "no readable grid.json"),
         ('{"format": "wina-eval", "version": 99}', "of version 99"),
+        ('{"format": "wina-eval", "version": 1}', "does not name its cells"),
+        ('{"format": "wina-eval", "version": 1, "cells": [{}]}', "does not name its cells"),
     ],
 )
 def test_other_folders_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
@@ -294,13 +289,13 @@ def test_hostile_names_and_texts(tmp_path: Path) -> None:
     )  # fmt: skip
     for number, method in enumerate(("dense", HOSTILE)):
         made = cell(method, 0.5 * number, "piqa")
-        made |= {"task": HOSTILE, "key": str(number), "primary": HOSTILE}
+        made |= {"task": HOSTILE, "primary": HOSTILE}
+        made["key"] = key(method, 0.5 * number, HOSTILE)
         made |= {"metrics": {HOSTILE: metric(0.5 + 0.1 * number)}, "rows": {}, "identity": {}}
         made["samples"] = [{"prompt": HOSTILE, "text": HOSTILE * (number + 1)}]
         if made["realised"]:
             made["realised"]["projections"] = {f"model.layers.0.{HOSTILE}": 0.5}
         write_cell(tmp_path, made)
-    (tmp_path / "cells" / f"{HOSTILE.replace('/', '')}.json").write_text("{")
     run = bench([HOSTILE], [0.5])
     run |= {"title": HOSTILE, "machine": {"cpu": HOSTILE}}
     (tmp_path / "decode.json").write_text(json.dumps(run))
