@@ -230,3 +230,28 @@ def eval_ppl(
         },
     )
     print_comparison(Path(resolve_model(model)).name, rows, prefill)
+
+
+@app.command("report")
+def eval_report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a grid, finished or not.")],
+    output: Annotated[Path | None, typer.Option(help="Where to write; default: FOLDER.")] = None,
+    bench: Annotated[
+        list[Path] | None,
+        typer.Option(help="Run of `wina bench decode --output`, for tokens/s. May be repeated."),
+    ] = None,
+    open_page: Annotated[bool, typer.Option("--open/--no-open", help="Show the page.")] = False,
+) -> None:
+    """Write a grid's report: report.html (one page, no network), .md, .csv and .json.
+
+    Methods × sparsities × tasks with standard errors, paired tests against dense, the bytes read,
+    agreement with the dense model, and pictures. Decode runs in FOLDER are shown, too.
+    """
+    try:
+        from wina.eval.report.write import print_written, write_report
+    except ModuleNotFoundError as error:
+        raise WinaError(f"the report needs {error.name}: pip install 'wina[eval]'") from None
+    written = write_report(folder, output, bench or ())
+    print_written(written)
+    if open_page:
+        typer.launch(str(written.paths["report.html"]))

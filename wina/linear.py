@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wina.errors import PatchStateError
+from wina.group import ProjectionGroup
 from wina.kernels.dispatch import Choice, LayerSpec, choose
 from wina.kernels.reference import keep_mask, mask_inputs
 from wina.prefill import Prefill
@@ -68,6 +69,9 @@ class SparseLinear(nn.Linear):
     row. So state dicts, ``F.linear`` and the kernels all work on the one copy.
 
     With gradients enabled the product is the differentiable dense one on masked inputs.
+
+    Attributes:
+        group: the projections that share a launch with this one, None if it has its own.
     """
 
     threshold: Tensor
@@ -95,6 +99,7 @@ class SparseLinear(nn.Linear):
             "threshold", threshold.to(self.weight.device, torch.float32), persistent=False
         )
         self.choice = choose(self._layer(), control.backend)
+        self.group: ProjectionGroup | None = None
 
     def _layer(self) -> LayerSpec:
         return LayerSpec(self.weight.device, self.weight.dtype, self.in_features, self.out_features)
@@ -111,7 +116,7 @@ class SparseLinear(nn.Linear):
         if padded is not None:
             return self._dense(self._masked_where(x, padded))
         if start == 0:
-            return self._sparse(x)
+            return self._sparse_with_group(x)
         if start >= sequence_length(x):
             return self._dense(x)
         if not self.choice.backend.k_major:  # it multiplies densely anyway: one product, not two
@@ -132,6 +137,13 @@ class SparseLinear(nn.Linear):
             scale = self._observed_scale(tokens)
         masked = mask_inputs(tokens, self.threshold, scale)
         return masked if start == 0 else torch.cat([x[..., :start, :], masked], dim=-2)
+
+    def _sparse_with_group(self, x: Tensor) -> Tensor:
+        if self.group is not None and self.control.observer is None:
+            y = self.group.product(self, x)
+            if y is not None:
+                return y
+        return self._sparse(x)
 
     def _masked_where(self, x: Tensor, sparse: Tensor) -> Tensor:
         """x [..., S, K] masked at the tokens where ``sparse`` [..., S] is True."""
@@ -167,6 +179,8 @@ class SparseLinear(nn.Linear):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.threshold = threshold.to(self.threshold.device)
         self.choice = self._choose_again()
+        if self.group is not None:
+            self.group.settle()
         return self
 
     def _choose_again(self) -> Choice:

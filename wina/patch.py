@@ -5,7 +5,7 @@ Knows plans; knows nothing of how they are calibrated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from wina.errors import PatchStateError, PlanError, UnsupportedModelError
+from wina.group import ProjectionGroup
 from wina.linear import Control, SparseLinear
 from wina.mlp import SparseGatedMLP, recognise_gated_mlp
 from wina.plan import SparsityPlan
 from wina.prefill import Prefill
-from wina.projections import architecture_of, check_projection
+from wina.projections import architecture_of, check_projection, group_members
 
 _ATTRIBUTE = "_wina_patch"
 
@@ -171,6 +172,7 @@ def apply_plan(
                 patch.transposed.append(weight)
                 patch.layout.to_k_major(weight)
             _replace(patch, parent, leaf, original, sparse)
+        _form_groups(model, plan, fused=gated)
         for name, found in gated.items():
             parent_name, _, leaf = name.rpartition(".")
             parent = model.get_submodule(parent_name)
@@ -181,6 +183,17 @@ def apply_plan(
         patch.undo()
         raise
     model.__dict__[_ATTRIBUTE] = patch
+
+
+def _form_groups(model: nn.Module, plan: SparsityPlan, fused: Container[str]) -> None:
+    """Let projections that read the same hidden state share launches, but in ``fused`` parents."""
+    for members in group_members([layer.projection for layer in plan.layers.values()]).values():
+        if len(members) == 1 or members[0].name.rpartition(".")[0] in fused:
+            continue
+        modules = [model.get_submodule(member.name) for member in members]
+        group = ProjectionGroup([m for m in modules if isinstance(m, SparseLinear)])
+        for module in group.members:
+            module.group = group
 
 
 def _replace(

@@ -48,7 +48,7 @@ LINK_FLAGS = ("-shared", "-ltorch_cpu", "-lc10")
 TYPICAL_SECONDS = 12
 COMPILE_TIMEOUT = 600
 COMPILER_LINES = 15
-OPERATORS = ("sparse_linear", "sparse_gate_up")
+OPERATORS = ("sparse_linear", "sparse_gate_up", "sparse_group", "topk_scale", "mean_scale")
 
 _log = logging.getLogger("wina")
 _lock = threading.Lock()

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from wina.kernels import reference
-from wina.kernels.triton import gate_up, sparse_linear
+from wina.kernels.triton import gate_up, group, selection, sparse_linear
 from wina.kernels.triton.config import Launch, shipped
 
 TARGETS = (80, 86, 89, 90, 100)
@@ -36,6 +36,44 @@ REGISTERS_PER_SM = 65536
 _POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as it is compiled here.
+
+    Attributes:
+        function: the Triton function.
+        loops: loops over a weight in its binary, 0 for a kernel that reads none.
+        optional: pointers that a call may leave out.
+    """
+
+    function: Any
+    loops: int
+    optional: tuple[str, ...] = ()
+
+
+KERNELS = {
+    "sparse_linear": Kernel(
+        sparse_linear.sparse_linear_kernel, 1, ("bias_ptr", "scale_ptr", "residual_ptr")
+    ),
+    "sparse_gate_up": Kernel(
+        gate_up.gate_up_kernel,
+        2,
+        ("gate_bias_ptr", "up_bias_ptr", "gate_scale_ptr", "up_scale_ptr"),
+    ),
+    "sparse_group": Kernel(
+        group.sparse_group_kernel,
+        1,
+        tuple(f"{what}{slot}_ptr" for what in ("bias", "scale") for slot in range(group.SLOTS)),
+    ),
+    "add_splits": Kernel(sparse_linear.add_splits_kernel, 0, ("bias_ptr", "residual_ptr")),
+    "add_group_splits": Kernel(
+        group.add_group_splits_kernel, 0, tuple(f"bias{slot}_ptr" for slot in range(group.SLOTS))
+    ),
+    "topk_scale": Kernel(selection.topk_scale_kernel, 0),
+    "mean_scale": Kernel(selection.mean_scale_kernel, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -88,63 +126,68 @@ class Resources:
 
 
 def variants(thorough: bool) -> Iterator[Variant]:
-    """Every shipped configuration: with plain arguments, or all argument combinations."""
+    """Every shipped configuration with plain arguments; with ``thorough``, all arguments too.
+
+    Activations, which stand outside of the loop, take turns on one configuration of bfloat16.
+    """
     for dtype in _POINTERS:
         for many in (False, True):
             for launch in shipped("sparse_linear", many, _BYTES[dtype]):
-                yield Variant("sparse_linear", dtype, many, launch)
+                for kernel in ("sparse_linear", "sparse_group"):
+                    plain = Variant(kernel, dtype, many, launch)
+                    yield plain
+                    if thorough:
+                        yield replace(plain, extras=True)
+                        yield replace(plain, splits=4)
+            for i, launch in enumerate(shipped("sparse_gate_up", many, _BYTES[dtype])):
+                plain = Variant("sparse_gate_up", dtype, many, launch)
+                yield plain
                 if thorough:
-                    yield Variant("sparse_linear", dtype, many, launch, extras=True)
-                    yield Variant("sparse_linear", dtype, many, launch, splits=4)
-            for launch in shipped("sparse_gate_up", many, _BYTES[dtype]):
-                yield Variant("sparse_gate_up", dtype, many, launch)
-                if thorough:
-                    for activation in reference.ACTIVATIONS:
-                        yield Variant("sparse_gate_up", dtype, many, launch, True, activation)
-    yield Variant("add_splits", "bfloat16", False, Launch(512, 1, 2, 1), extras=True, splits=8)
+                    every = dtype == "bfloat16" and i == 0
+                    for activation in list(reference.ACTIVATIONS)[: None if every else 1]:
+                        yield replace(plain, extras=True, activation=activation)
+        sums = Launch(
+            sparse_linear.ADD_SPLITS_BLOCK_N * _BYTES[dtype], 1, sparse_linear.ADD_SPLITS_WARPS, 1
+        )
+        for kernel in ("add_splits", "add_group_splits"):
+            yield Variant(kernel, dtype, False, sums, extras=True, splits=8)
+        for channels in (576, 4096, selection.MAX_CHANNELS)[0 if thorough else 2 :]:
+            _, block, warps = selection.tile_of(channels)
+            for kernel in ("topk_scale", "mean_scale"):
+                yield Variant(kernel, dtype, True, Launch(0, block, warps, 1))
 
 
 def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """Kernel, constants and the types of the other arguments."""
     pointer, launch = _POINTERS[variant.dtype], variant.launch
-    sizes = {
+    kernel = KERNELS[variant.kernel]
+    names = kernel.function.arg_names
+    constants: dict[str, Any] = {
         "ALIGN": variant.align,
         "K_ALIGN": variant.align,
+        "SPLITS": variant.splits,
+        "ACTIVATION": variant.activation,
         "BLOCK_T": launch.block_t(2 if variant.many else 1),
         "BLOCK_K": launch.block_k,
         "BLOCK_N": launch.block_n(_BYTES[variant.dtype]),
         "STAGES": launch.stages,
+        "BLOCK": launch.block_k,
     }
-    if variant.kernel == "add_splits":
-        kernel: Any = sparse_linear.add_splits_kernel
-        constants: dict[str, Any] = {
-            "ALIGN": variant.align,
-            "SPLITS": variant.splits,
-            "BLOCK_N": sparse_linear.ADD_SPLITS_BLOCK_N,
-        }
-        optional = ["bias_ptr", "residual_ptr"]
-    elif variant.kernel == "sparse_linear":
-        kernel = sparse_linear.sparse_linear_kernel
-        constants = {**sizes, "SPLITS": variant.splits}
-        optional = ["bias_ptr", "scale_ptr", "residual_ptr"]
-        if variant.splits == 1:
-            constants["partial_ptr"] = None
-    else:
-        kernel = gate_up.gate_up_kernel
-        constants = {**sizes, "ACTIVATION": variant.activation}
-        optional = ["gate_bias_ptr", "up_bias_ptr", "gate_scale_ptr", "up_scale_ptr"]
+    if variant.splits == 1:
+        constants["partial_ptr"] = None
     if not variant.extras:
-        constants.update(dict.fromkeys(optional))
+        constants.update(dict.fromkeys(kernel.optional))
+    constants = {name: value for name, value in constants.items() if name in names}
     types = {}
-    for name in kernel.arg_names:
+    for name in names:
         if name in constants:
             types[name] = "constexpr"
         elif name.endswith("_ptr"):
-            float32 = any(word in name for word in ("t_ptr", "scale", "partial"))
+            float32 = re.search(r"(^|_)t\d?_ptr|scale|partial", name)
             types[name] = "*fp32" if float32 else pointer
         else:
             types[name] = "i32"
-    return kernel, constants, types
+    return kernel.function, constants, types
 
 
 @cache
@@ -208,9 +251,8 @@ def unmasked_copies(ptx: str) -> int:
 def wide_weight_loads(variant: Variant) -> int:
     """16-byte loads of a thread if all weights are loaded so, prologue and loop."""
     launch = variant.launch
-    products = {"sparse_linear": 1, "sparse_gate_up": 2, "add_splits": 0}[variant.kernel]
     tile = launch.row_bytes * launch.block_k
-    return products * launch.stages * tile // (16 * 32 * launch.warps)
+    return KERNELS[variant.kernel].loops * launch.stages * tile // (16 * 32 * launch.warps)
 
 
 def _tool(name: str, cubin: bytes, *arguments: str) -> str:

@@ -8,85 +8,112 @@ call, which compiles the kernel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from wina.kernels import ops, reference
-from wina.kernels.triton import DTYPES, gate_up, sparse_linear
-from wina.kernels.triton.config import MAX_TOKENS, card_of, choose
-
-_LIBRARY = torch.library.Library("wina", "IMPL")
+from wina.kernels import ops
+from wina.kernels.ops import Arguments
+from wina.kernels.triton import DTYPES, gate_up, group, selection, sparse_linear
+from wina.kernels.triton.config import card_of, choose, token_limit
 
 
 @cache
-def register() -> None:
-    """Make the kernels the implementation of the operators for CUDA tensors."""
-    _LIBRARY.impl("sparse_linear", _sparse_linear, "CUDA")
-    _LIBRARY.impl("sparse_gate_up", _sparse_gate_up, "CUDA")
+def register(key: str = "CUDA") -> None:
+    """Make the kernels the implementation of the operators for one dispatch key."""
+    ops.register("sparse_linear", key, _sparse_linear, lambda a: has_kernel(a.x, a.weight))
+    ops.register("sparse_gate_up", key, _sparse_gate_up, lambda a: has_kernel(a.x, a.gate, a.up))
+    ops.register("sparse_group", key, _sparse_group, lambda a: has_kernel(a.x, *a.weights))
+    ops.register("topk_scale", key, _topk_scale, lambda a: has_selection(a.x))
+    ops.register("mean_scale", key, _mean_scale, lambda a: has_selection(a.x))
 
 
 def has_kernel(x: Tensor, *weights: Tensor) -> bool:
     """Whether a call of checked arguments has a kernel; x [..., K], weights [K, N]."""
     tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
     return (
-        0 < tokens <= MAX_TOKENS
+        tokens > 0
         and x.dtype in DTYPES
         and all(w.shape[1] > 0 and w.stride(1) == 1 for w in weights)
+        and tokens <= token_limit(card_of(x.device).name).tokens
     )
 
 
-def _sparse_linear(
-    x: Tensor,
-    weight: Tensor,
-    threshold: Tensor,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> Tensor:
-    ops.check_linear(x, weight, threshold, bias, scale)
-    ops.refuse_gradient("sparse_linear", x, weight, bias)
-    if not has_kernel(x, weight):
-        return reference.sparse_linear(x, weight, threshold, bias, scale)
-    flat, K, N = _tokens(x), weight.shape[0], weight.shape[1]
-    config = choose("sparse_linear", card_of(x.device), len(flat), K, N, x.itemsize)
-    with torch.cuda.device(x.device):
+def has_selection(x: Tensor) -> bool:
+    """Whether the tokens of x [..., K] have a kernel that finds their scale."""
+    return x.numel() > 0 and x.dtype in DTYPES and x.shape[-1] <= selection.MAX_CHANNELS
+
+
+def _sparse_linear(a: Arguments) -> Tensor:
+    flat, (K, N) = _tokens(a.x), a.weight.shape
+    config = choose("sparse_linear", card_of(a.x.device), len(flat), K, N, a.x.itemsize)
+    with torch.cuda.device(a.x.device):
         y = sparse_linear.launch(
-            flat, weight, threshold.contiguous(), _contiguous(bias), _per_token(scale), config
-        )
-    return y.view(*x.shape[:-1], N)
-
-
-def _sparse_gate_up(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    gate_threshold: Tensor,
-    up_threshold: Tensor,
-    activation: str,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    gate_scale: Tensor | None = None,
-    up_scale: Tensor | None = None,
-) -> Tensor:
-    ops.check_linear(x, gate, gate_threshold, gate_bias, gate_scale)
-    ops.check_linear(x, up, up_threshold, up_bias, up_scale)
-    ops.check_gated(gate, up, activation)
-    ops.refuse_gradient("sparse_gate_up", x, gate, up, gate_bias, up_bias)
-    if not has_kernel(x, gate, up):
-        return reference.sparse_gate_up(
-            x, gate, up, gate_threshold, up_threshold, activation,
-            gate_bias, up_bias, gate_scale, up_scale,
+            flat, a.weight, a.threshold.contiguous(), _contiguous(a.bias), _per_token(a.scale),
+            config, None if a.residual is None else _tokens(a.residual),
         )  # fmt: skip
-    flat, K, N = _tokens(x), gate.shape[0], gate.shape[1]
-    config = choose("sparse_gate_up", card_of(x.device), len(flat), K, N, x.itemsize)
-    with torch.cuda.device(x.device):
+    return y.view(*a.x.shape[:-1], N)
+
+
+def _sparse_gate_up(a: Arguments) -> Tensor:
+    flat, (K, N) = _tokens(a.x), a.gate.shape
+    config = choose("sparse_gate_up", card_of(a.x.device), len(flat), K, N, a.x.itemsize)
+    with torch.cuda.device(a.x.device):
         h = gate_up.launch(
-            flat, gate, up, gate_threshold.contiguous(), up_threshold.contiguous(), activation,
-            _contiguous(gate_bias), _contiguous(up_bias),
-            _per_token(gate_scale), _per_token(up_scale), config,
+            flat, a.gate, a.up, a.gate_threshold.contiguous(), a.up_threshold.contiguous(),
+            a.activation, _contiguous(a.gate_bias), _contiguous(a.up_bias),
+            _per_token(a.gate_scale), _per_token(a.up_scale), config,
         )  # fmt: skip
-    return h.view(*x.shape[:-1], N)
+    return h.view(*a.x.shape[:-1], N)
+
+
+def _sparse_group(a: Arguments) -> list[Tensor]:
+    flat, K = _tokens(a.x), a.x.shape[-1]
+    columns = [w.shape[1] for w in a.weights]
+    thresholds = [t.contiguous() for t in a.thresholds]
+    biases = _all_or_none(a.biases, columns, 0.0, a.x.dtype)
+    scales = _all_or_none(
+        [_per_token(scale) for scale in a.scales], [len(flat)] * len(columns), 1.0, torch.float32
+    )
+    ys: list[Tensor] = []
+    for first in range(0, len(columns), group.SLOTS):
+        part = slice(first, first + group.SLOTS)
+        # All the columns together are to the launch what one weight's are.
+        config = choose("sparse_linear", card_of(a.x.device), len(flat), K, sum(columns[part]),
+                        a.x.itemsize)  # fmt: skip
+        with torch.cuda.device(a.x.device):
+            ys += group.launch(
+                flat, a.weights[part], thresholds[part], biases and biases[part],
+                scales and scales[part], config,
+            )  # fmt: skip
+    return [y.view(*a.x.shape[:-1], y.shape[1]) for y in ys]
+
+
+def _all_or_none(
+    given: Sequence[Tensor | None], sizes: Sequence[int], neutral: float, dtype: torch.dtype
+) -> list[Tensor] | None:
+    """None where none is given; where some are, a neutral vector stands for a missing one."""
+    device = next((one.device for one in given if one is not None), None)
+    if device is None:
+        return None
+    return [
+        torch.full((n,), neutral, dtype=dtype, device=device) if one is None else one.contiguous()
+        for one, n in zip(given, sizes, strict=True)
+    ]
+
+
+def _topk_scale(a: Arguments) -> Tensor:
+    with torch.cuda.device(a.x.device):
+        scale = selection.launch_topk(_tokens(a.x), a.threshold.contiguous(), a.dropped)
+    return scale.view(a.x.shape[:-1])
+
+
+def _mean_scale(a: Arguments) -> Tensor:
+    with torch.cuda.device(a.x.device):
+        scale = selection.launch_mean(_tokens(a.x))
+    return scale.view(a.x.shape[:-1])
 
 
 def _tokens(x: Tensor) -> Tensor:

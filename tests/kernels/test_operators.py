@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from operator_cases import DTYPES, assert_equal_up_to_rounding, case, exact
 from torch import Tensor
 
+from wina.errors import UnknownNameError
 from wina.kernels import cpu, ops, reference
 from wina.kernels.dispatch import backends
 
@@ -48,6 +51,52 @@ def test_sparse_linear_tokens(
     got = backend.sparse_linear(x, weight, threshold, bias, scale)
     want = exact(x, weight, threshold, bias, scale)
     assert_equal_up_to_rounding(got, want, x, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 3, 150])
+def test_residual_is_added_before_the_one_rounding(backend, T: int, dtype: torch.dtype) -> None:
+    x, weight, threshold = case(T, 192, 101, dtype, 0.5)
+    bias, residual = torch.randn(101).to(dtype), (100 * torch.randn(T, 101)).to(dtype)
+    got = backend.sparse_linear(x, weight, threshold, bias, None, residual)
+    want = exact(x, weight, threshold, bias, None, residual)
+    if backend.name == "reference":  # its product has been rounded before
+        product = exact(x, weight, threshold, bias)
+        allowed = torch.finfo(dtype).eps * (want.abs() + product.abs()) + 1e-3
+        assert ((got.double() - want).abs() <= allowed).all()
+    else:
+        assert_equal_up_to_rounding(got, want, x, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 5, 150])
+def test_sparse_group_is_sparse_linear_of_each_weight(T: int, dtype: torch.dtype) -> None:
+    assert cpu.load() is None
+    x = case(T, 96, 1, dtype, 0.5)[0]
+    parts = [case(T, 96, N, dtype, s)[1:] for N, s in ((64, 0.5), (1, 0.9), (33, 0.0))]
+    weights, thresholds = [w for w, _ in parts], [t for _, t in parts]
+    biases = [torch.randn(64).to(dtype), None, torch.randn(33).to(dtype)]
+    scales = [None, torch.rand(T), torch.rand(T)]
+    ys = ops.sparse_group(x, weights, thresholds, biases, scales)
+    defined = reference.sparse_group(x, weights, thresholds, biases, scales)
+    for i, one in enumerate(zip(weights, thresholds, biases, scales, strict=True)):
+        assert torch.equal(ys[i], ops.sparse_linear(x, *one))
+        assert_equal_up_to_rounding(defined[i], exact(x, *one), x, one[0])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("K", [2, 63, 576, 4097])
+@pytest.mark.parametrize("levels", [2, 1000], ids=["ties", "few ties"])
+def test_native_topk_scale_is_exactly_the_definitions(
+    K: int, levels: int, dtype: torch.dtype
+) -> None:
+    assert cpu.load() is None
+    x = ((torch.randn(3, 2, K) * levels).round() / levels).to(dtype)
+    x[0, 0, 0], x[1, 1, K // 2] = torch.nan, -torch.inf
+    for threshold in (torch.ones(K), 1 / torch.rand(K), torch.randn(K)):
+        for dropped in {1, max(1, K // 2), K - 1}:
+            want = reference.topk_scale(x, threshold, dropped)
+            assert torch.equal(ops.topk_scale(x, threshold, dropped), want)
 
 
 def test_threshold_minus_one_keeps_all_and_inf_drops(backend) -> None:
@@ -194,6 +243,33 @@ def test_threads_do_not_change_a_bit(T: int, dtype: torch.dtype) -> None:
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("name", list(ops.OPERATORS))
+def test_an_operator_has_the_signature_of_its_definition(name: str) -> None:
+    operator = ops.OPERATORS[name]
+    schema = getattr(torch.ops.wina, name).default._schema
+    parameters = inspect.signature(getattr(reference, name)).parameters
+    assert [a.name for a in schema.arguments] == list(parameters)
+    assert operator.definition is getattr(reference, name)
+
+
+def test_a_kernel_serves_what_it_can_and_the_definition_the_rest() -> None:
+    operator = ops.OPERATORS["sparse_linear"]
+    call = operator.implementation(lambda a: a.bias, lambda a: a.bias is not None)
+    x, weight, threshold = case(2, 8, 4, torch.float64, 0.5)
+    bias = torch.ones(4).double()
+    assert call(x, weight, threshold, bias=bias) is bias
+    assert torch.equal(call(x, weight, threshold), reference.sparse_linear(x, weight, threshold))
+    with pytest.raises(RuntimeError, match="threshold"):
+        call(x, weight, threshold[1:])
+    with pytest.raises(RuntimeError, match="no backward"):
+        call(x, weight, threshold, bias.requires_grad_())
+
+
+def test_a_kernel_of_an_unknown_operator_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="Known: sparse_linear, sparse_gate_up"):
+        ops.register("sparse", "CUDA", lambda a: a.x, lambda _: True)
+
+
 @pytest.mark.parametrize("loaded", [True, False], ids=["native", "default"])
 @pytest.mark.parametrize("extras", [False, True])
 def test_opcheck(loaded: bool, extras: bool) -> None:
@@ -204,7 +280,14 @@ def test_opcheck(loaded: bool, extras: bool) -> None:
     x, weight = torch.randn(3, 32, dtype=dtype), torch.randn(32, 24, dtype=dtype)
     threshold = torch.full((32,), 0.5)
     bias, scale = (torch.randn(24, dtype=dtype), torch.rand(3)) if extras else (None, None)
-    torch.library.opcheck(ops.sparse_linear, (x, weight, threshold, bias, scale))
+    residual = torch.randn(3, 24, dtype=dtype) if extras else None
+    torch.library.opcheck(ops.sparse_linear, (x, weight, threshold, bias, scale, residual))
+    torch.library.opcheck(
+        ops.sparse_group,
+        (x, [weight, weight[:, :5].contiguous()], [threshold] * 2, [bias, None], [None, scale]),
+    )
+    torch.library.opcheck(ops.topk_scale, (x, threshold, 7))
+    torch.library.opcheck(ops.mean_scale, (x,))
     up = torch.randn(32, 24, dtype=dtype)
     torch.library.opcheck(
         ops.sparse_gate_up,
@@ -220,6 +303,8 @@ def test_opcheck(loaded: bool, extras: bool) -> None:
         ({"threshold": torch.zeros(7)}, "threshold"),
         ({"threshold": torch.zeros(8).double()}, "threshold"),
         ({"bias": torch.zeros(3)}, "bias|size"),
+        ({"residual": torch.zeros(1, 3)}, "residual"),
+        ({"residual": torch.zeros(1, 4).half()}, "residual"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, Tensor], message: str) -> None:
@@ -227,6 +312,27 @@ def test_wrong_arguments_are_named(change: dict[str, Tensor], message: str) -> N
     arguments = {"x": torch.randn(1, 8), "weight": torch.randn(8, 4), "threshold": torch.zeros(8)}
     with pytest.raises(RuntimeError, match=message):
         ops.sparse_linear(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("call", ["native", "definition"])
+def test_wrong_groups_and_ranks_are_named(call: str) -> None:
+    assert cpu.load() is None
+    group, topk = ops.sparse_group, ops.topk_scale
+    if call == "definition":
+        group, topk = (
+            ops.OPERATORS[name].implementation(lambda a: a, lambda _: True)
+            for name in ("sparse_group", "topk_scale")
+        )
+    x, weight, threshold = case(1, 8, 4, torch.float32, 0.5)
+    with pytest.raises(RuntimeError, match="one threshold, bias and scale"):
+        group(x, [weight, weight], [threshold], [None, None], [None, None])
+    with pytest.raises(RuntimeError, match="threshold"):
+        group(x, [weight], [threshold[1:]], [None], [None])
+    for dropped in (0, 8):
+        with pytest.raises(RuntimeError, match=r"dropped must be in \[1, 7\]"):
+            topk(x, threshold, dropped)
+    with pytest.raises(RuntimeError, match="threshold"):
+        topk(x, threshold[1:], 3)
 
 
 def test_unknown_activation_lists_the_known_ones() -> None:

@@ -11,12 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wina.errors import ConfigError
-from wina.kernels import triton
+from wina.group import ProjectionGroup
+from wina.kernels import ops, triton
 from wina.kernels.dispatch import LayerSpec, choose
 from wina.kernels.triton import config
 from wina.kernels.triton.config import Card, Launch
+from wina.linear import Control, SparseLinear
+from wina.prefill import parse_prefill
+from wina.selectors import Selector, Threshold, TopK
 
 H100 = Card("NVIDIA H100 80GB HBM3", 132)
 CUDA = LayerSpec(torch.device("cuda", 0), torch.bfloat16, 64, 32)
@@ -48,7 +55,9 @@ def test_a_usable_card_is_served_and_others_say_why(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert choose(CUDA).backend.name == "triton"
-    assert choose(CUDA).reason == "fastest here; masked dense above 16 tokens"
+    assert choose(CUDA).reason == (
+        "fastest here; masked dense above 16 tokens (reasoned, not measured)"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     choice = choose(CUDA)
     assert choice.backend.name == "reference"
@@ -73,7 +82,7 @@ def test_missing_or_old_triton(
 
 def test_loading_registers_for_cuda() -> None:
     assert triton.load() is None
-    for operator in ("sparse_linear", "sparse_gate_up"):
+    for operator in ops.OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"wina::{operator}", "CUDA")
 
 
@@ -101,9 +110,10 @@ def test_tuned_shapes_come_first_for_their_neighbours(tables: Path) -> None:
     tuned = Launch(128, 128, 8, 4, 2)
     row = {"kernel": "sparse_linear", "many": False, "itemsize": 2, "K": 4096, "N": 4096}
     path = config.save_tuned(
-        H100, [{**row, "launch": config.launch_fields(tuned)}], tables
+        H100, [{**row, "launch": config.launch_fields(tuned)}], 8, tables
     )  # fmt: skip
     assert path.name == "nvidia-h100-80gb-hbm3.json"
+    assert config.token_limit(H100.name) == config.Limit(8, measured=True)
     assert json.loads(path.read_text())["device"] == H100.name
     assert config.choose("sparse_linear", H100, 1, 4096, 4096, 2) == tuned
     assert config.choose("sparse_linear", H100, 1, 3584, 5120, 2) == tuned
@@ -124,3 +134,53 @@ def test_a_card_without_a_table_warns_once(tables: Path, caplog: pytest.LogCaptu
         f"no tuned kernel configurations for {H100.name}: using the defaults; "
         "`wina bench tune` makes them"
     ]
+
+
+def linear_on_a_card(N: int) -> nn.Linear:
+    """A layer 64 → N without values."""
+    layer = nn.Linear(64, N, device="meta")
+    for name, shape in (("weight", (N, 64)), ("bias", (N,))):
+        values = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+        setattr(layer, name, nn.Parameter(values, requires_grad=False))
+    return layer
+
+
+class Calls(TorchDispatchMode):
+    """Notes the wina operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "wina":
+            self.names.append(func._opname)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("selector", [Threshold(), TopK()], ids=["threshold", "topk"])
+def test_attention_on_a_card_takes_one_launch_for_q_k_and_v(
+    monkeypatch: pytest.MonkeyPatch, selector: Selector
+) -> None:
+    """Modules on a CUDA device that is not there: shapes and choices without values."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    control = Control(parse_prefill("dense", 4), "auto")
+    with FakeTensorMode(), torch.no_grad(), Calls() as calls:
+        q, k, v, o = (
+            SparseLinear(
+                linear_on_a_card(N), f"{i}", torch.empty(64, device="cuda"), 0.5, selector, control
+            )
+            for i, N in enumerate((64, 16, 16, 64))
+        )  # fmt: skip
+        group = ProjectionGroup([q, k, v])
+        for module in group.members:
+            module.group = group
+        assert (group.fuses, q.choice.backend.name) == (True, "triton")
+        x = torch.empty(1, 1, 64, device="cuda", dtype=torch.bfloat16)
+        ys = [q(x), k(x), v(x), o(x)]
+    assert [tuple(y.shape) for y in ys] == [(1, 1, 64), (1, 1, 16), (1, 1, 16), (1, 1, 64)]
+    assert {y.device.type for y in ys} == {"cuda"}
+    products = [name for name in calls.names if not name.endswith("scale")]
+    assert products == ["sparse_group", "sparse_linear"]
+    assert calls.names.count("topk_scale") == (4 if isinstance(selector, TopK) else 0)
