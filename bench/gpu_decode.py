@@ -69,7 +69,9 @@ class DecodeStep:
         self.token = prompt[:, -1:].clone()
         with torch.no_grad():
             self._forward(prompt)
-            self._step = torch.compile(self._decode, fullgraph=True, dynamic=False) if compiled else self._decode
+            self._step = self._decode
+            if compiled:
+                self._step = torch.compile(self._decode, fullgraph=True, dynamic=False)
             for _ in range(_WARM_UPS):
                 self._step()
             self._run = self._captured() if self.device.type == "cuda" else self._step
