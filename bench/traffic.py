@@ -33,7 +33,7 @@ CARDS = (
 )
 
 # (model, kernel, what it computes, K, N of every weight)
-CALLS = (
+CALLS: tuple[tuple[str, str, str, int, tuple[int, ...]], ...] = (
     ("Llama-3-8B", "sparse_group", "q, k and v", 4096, (4096, 1024, 1024)),
     ("Llama-3-8B", "sparse_linear", "o", 4096, (4096,)),
     ("Llama-3-8B", "sparse_gate_up", "gate and up", 4096, (14336, 14336)),
@@ -113,7 +113,11 @@ def count(
 
 def main() -> None:
     """Print the table, then one JSON line."""
-    rows = [count(*call, on) for on in CARDS for call in CALLS]
+    rows = [
+        count(model, kernel, call, K, columns, on)
+        for on in CARDS
+        for model, kernel, call, K, columns in CALLS
+    ]
     table = Table(title="one bfloat16 token, counted")
     for column in (
         "card", "model", "call", "[N, K]", "dense MB", "kept MB at 50 %", "other KB",
