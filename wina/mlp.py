@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from wina.group import scales
 from wina.kernels.reference import ACTIVATIONS
 from wina.linear import SparseLinear
 
@@ -110,8 +111,7 @@ class SparseGatedMLP(nn.Module):
                 self.gated.activation,
                 gate.bias,
                 up.bias,
-                gate.scale(x),
-                up.scale(x),
+                *scales((gate, up), x),
             )
         else:
             h = ACTIVATIONS[self.gated.activation](gate(x)) * up(x)

@@ -108,6 +108,7 @@ class Resources:
     Attributes:
         registers: of a thread.
         spilled: bytes of local memory and stack of a thread.
+        spills_in_loops: loads and stores of local memory inside of loops.
         shared: bytes of shared memory of a program.
         loads: width in bytes of a thread's load → how many there are; weights are 16 wide, x
             and thresholds of one token 4 or narrower (x of several tokens is 16 wide as well).
@@ -118,6 +119,7 @@ class Resources:
 
     registers: int
     spilled: int
+    spills_in_loops: int
     shared: int
     loads: dict[int, int]
     unmasked: int
@@ -143,15 +145,16 @@ def variants(thorough: bool) -> Iterator[Variant]:
                 plain = Variant("sparse_gate_up", dtype, many, launch)
                 yield plain
                 if thorough:
-                    every = dtype == "bfloat16" and i == 0
-                    for activation in list(reference.ACTIVATIONS)[: None if every else 1]:
+                    turns = None if (dtype, i) == ("bfloat16", 0) else 1
+                    for activation in list(reference.ACTIVATIONS)[:turns]:
                         yield replace(plain, extras=True, activation=activation)
         sums = Launch(
             sparse_linear.ADD_SPLITS_BLOCK_N * _BYTES[dtype], 1, sparse_linear.ADD_SPLITS_WARPS, 1
         )
         for kernel in ("add_splits", "add_group_splits"):
             yield Variant(kernel, dtype, False, sums, extras=True, splits=8)
-        for channels in (576, 4096, selection.MAX_CHANNELS)[0 if thorough else 2 :]:
+        every = thorough and dtype == "bfloat16"
+        for channels in (576, 4096, selection.MAX_CHANNELS)[0 if every else 2 :]:
             _, block, warps = selection.tile_of(channels)
             for kernel in ("topk_scale", "mean_scale"):
                 yield Variant(kernel, dtype, True, Launch(0, block, warps, 1))
@@ -218,13 +221,15 @@ def compile_variant(variant: Variant, capability: int) -> Resources:
         REGISTERS_PER_SM // (threads * max(8, -(-registers // 8) * 8)),
         SHARED_PER_SM[capability] // max(1, shared + 1024),  # 1 KiB of each block is reserved
     )
+    loops = loops_of(binary.asm["cubin"])
     return Resources(
         registers,
         spilled,
+        sum(spills for _, spills in loops),
         shared,
         global_loads(binary.asm["ptx"]),
         unmasked_copies(binary.asm["ptx"]),
-        loop_instructions(binary.asm["cubin"]),
+        max((instructions for instructions, _ in loops), default=0),
         resident,
     )
 
@@ -273,21 +278,23 @@ def _usage(cubin: bytes) -> tuple[int, int, int]:
     return registers, stack + local, shared
 
 
-def loop_instructions(cubin: bytes) -> int:
-    """Instructions of the longest innermost loop: from a label to the branch back to it."""
-    lines = _tool("nvdisasm", cubin).splitlines()
-    count, labels, longest = 0, {}, 0
-    for line in lines:
+def loops_of(cubin: bytes) -> list[tuple[int, int]]:
+    """(instructions, loads and stores of local memory) of each loop: label to branch back."""
+    labels: dict[str, int] = {}
+    local: list[bool] = []
+    found = []
+    for line in _tool("nvdisasm", cubin).splitlines():
         label = re.match(r"\s*(\.L_x_\d+):", line)
         if label:
-            labels[label.group(1)] = count
+            labels[label.group(1)] = len(local)
         elif re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+\S", line):
-            count += 1
+            local.append(re.search(r"\b(STL|LDL)\b", line) is not None)
             back = re.search(r"BRA(?:\.\S+)?\s.*`\((\.L_x_\d+)\)", line)
             # A branch to itself pads the end of every kernel.
-            if back and back.group(1) in labels and count - labels[back.group(1)] > 1:
-                longest = max(longest, count - labels[back.group(1)])
-    return longest
+            if back and back.group(1) in labels and len(local) - labels[back.group(1)] > 1:
+                body = local[labels[back.group(1)] :]
+                found.append((len(body), sum(body)))
+    return found
 
 
 def main() -> None:

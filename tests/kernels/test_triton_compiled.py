@@ -17,7 +17,8 @@ QUICK = [
     if (v.dtype == "bfloat16" and (cc in (80, 90) or v.kernel == "sparse_linear"))
     or (v.dtype == "float32" and cc == 90)
 ]
-ALL = [(v, cc) for v in variants(thorough=True) for cc in TARGETS]
+# float16 differs from bfloat16 in conversions only: one target of each generation.
+ALL = [(v, cc) for v in variants(True) for cc in TARGETS if v.dtype != "float16" or cc in (80, 90)]
 
 
 def ids(pairs: list[tuple[Variant, int]]) -> list[str]:
@@ -26,9 +27,11 @@ def ids(pairs: list[tuple[Variant, int]]) -> list[str]:
 
 def check(variant: Variant, target: int) -> None:
     use = compile_variant(variant, target)
-    # The widest selection issues all its loads at once, before its loop, and runs once a token.
+    assert use.spills_in_loops == 0, "spills registers inside of a loop"
+    # A value or two may wait in local memory while a loop runs; the widest selection issues all its
+    # loads at once, before its loop, and runs once a token.
     widest = variant.kernel == "topk_scale" and variant.launch.block_k > 16384
-    assert use.spilled <= 256 * widest, "spills registers to local memory"
+    assert use.spilled <= (256 if widest else 8), "spills registers to local memory"
     assert use.shared <= compiled.SHARED_PER_BLOCK[target]
     if compiled.KERNELS[variant.kernel].loops:
         assert use.resident >= 2, "one program cannot hide its own barriers"

@@ -22,10 +22,9 @@ def token(T: int, K: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize("K", [2, 63, 576, 1000, 4097])
-def test_topk_is_exactly_the_definitions(K: int, T: int, dtype: torch.dtype) -> None:
-    x, threshold = token(T, K, dtype)
+def test_topk_is_exactly_the_definitions(K: int, dtype: torch.dtype) -> None:
+    x, threshold = token(2, K, dtype)
     for dropped in {1, max(1, K // 2), K - 1}:
         want = reference.topk_scale(x, threshold, dropped)
         assert torch.equal(launch_topk(x, threshold, dropped), want)
@@ -55,7 +54,7 @@ def test_topk_of_odd_values(dropped: int) -> None:
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 def test_topk_of_random_tokens(T, K, share, levels, dtype, seed) -> None:
     x, threshold = token(T, K, dtype, seed)
     x = (x * levels).round() / levels  # ties
