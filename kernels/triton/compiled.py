@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,11 @@ SHARED_PER_SM = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100
 THREADS_PER_SM = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048}
 REGISTERS_PER_SM = 65536
 _POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "int4": 0.5}
+# Weights stored as integers, loaded as words: BITS.
+_INTEGERS = {"int8": 8, "int4": 4}
+_WEIGHTS = ("w_ptr", "gate_ptr", "up_ptr")
+_SCALES = ("s_ptr", "gate_s_ptr", "up_s_ptr")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -50,10 +54,16 @@ class Variant:
     activation: str = "silu"
     align: int = 16
     splits: int = 1
+    weights: str | None = None
+
+    @property
+    def itemsize(self) -> float:
+        """Bytes of one weight; weights are of x's ``dtype`` unless ``weights`` names another."""
+        return _BYTES[self.weights or self.dtype]
 
     def __str__(self) -> str:
         options = (
-            self.kernel, self.dtype, "many" if self.many else "one",
+            self.kernel, self.weights or "", self.dtype, "many" if self.many else "one",
             f"{self.launch.row_bytes}Bx{self.launch.block_k}",
             f"w{self.launch.warps}", f"s{self.launch.stages}",
             self.activation if "gate" in self.kernel else "", "extras" if self.extras else "",
@@ -89,31 +99,42 @@ class Resources:
 
 def variants(thorough: bool) -> Iterator[Variant]:
     """Every shipped configuration: with plain arguments, or all argument combinations."""
-    for dtype in _POINTERS:
-        for many in (False, True):
-            for launch in shipped("sparse_linear", many, _BYTES[dtype]):
-                yield Variant("sparse_linear", dtype, many, launch)
-                if thorough:
-                    yield Variant("sparse_linear", dtype, many, launch, extras=True)
-                    yield Variant("sparse_linear", dtype, many, launch, splits=4)
-            for launch in shipped("sparse_gate_up", many, _BYTES[dtype]):
-                yield Variant("sparse_gate_up", dtype, many, launch)
-                if thorough:
-                    for activation in reference.ACTIVATIONS:
-                        yield Variant("sparse_gate_up", dtype, many, launch, True, activation)
+    for weights in (None, *_INTEGERS):
+        for dtype in _POINTERS:
+            for many in (False, True):
+                yield from _variants_of(weights, dtype, many, thorough)
     yield Variant("add_splits", "bfloat16", False, Launch(512, 1, 2, 1), extras=True, splits=8)
+
+
+def _variants_of(weights: str | None, dtype: str, many: bool, thorough: bool) -> Iterator[Variant]:
+    itemsize = _BYTES[weights or dtype]
+    for launch in shipped("sparse_linear", many, itemsize):
+        plain = Variant("sparse_linear", dtype, many, launch, weights=weights)
+        yield plain
+        if thorough:
+            yield replace(plain, extras=True)
+            yield replace(plain, splits=4)
+    for launch in shipped("sparse_gate_up", many, itemsize):
+        plain = Variant("sparse_gate_up", dtype, many, launch, weights=weights)
+        yield plain
+        if thorough:
+            for activation in reference.ACTIVATIONS:
+                yield replace(plain, extras=True, activation=activation)
 
 
 def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """Kernel, constants and the types of the other arguments."""
     pointer, launch = _POINTERS[variant.dtype], variant.launch
+    bits = _INTEGERS.get(variant.weights or "", 0)
+    stored = "*i32" if bits else pointer
     sizes = {
         "ALIGN": variant.align,
         "K_ALIGN": variant.align,
         "BLOCK_T": launch.block_t(2 if variant.many else 1),
         "BLOCK_K": launch.block_k,
-        "BLOCK_N": launch.block_n(_BYTES[variant.dtype]),
+        "BLOCK_N": launch.block_n(variant.itemsize),
         "STAGES": launch.stages,
+        "BITS": bits,
     }
     if variant.kernel == "add_splits":
         kernel: Any = sparse_linear.add_splits_kernel
@@ -135,16 +156,26 @@ def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, str]]:
         optional = ["gate_bias_ptr", "up_bias_ptr", "gate_scale_ptr", "up_scale_ptr"]
     if not variant.extras:
         constants.update(dict.fromkeys(optional))
+    if not bits:
+        constants.update(dict.fromkeys(name for name in kernel.arg_names if name in _SCALES))
     types = {}
     for name in kernel.arg_names:
         if name in constants:
             types[name] = "constexpr"
         elif name.endswith("_ptr"):
-            float32 = any(word in name for word in ("t_ptr", "scale", "partial"))
-            types[name] = "*fp32" if float32 else pointer
+            types[name] = _pointer_type(name, pointer, stored)
         else:
             types[name] = "i32"
     return kernel, constants, types
+
+
+def _pointer_type(name: str, pointer: str, stored: str) -> str:
+    if name in _WEIGHTS:
+        return stored
+    if name in _SCALES:
+        return "*i32"
+    float32 = any(word in name for word in ("t_ptr", "scale", "partial"))
+    return "*fp32" if float32 else pointer
 
 
 @cache

@@ -11,29 +11,34 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
+from wina.kernels.quantization import QuantizedWeight
 from wina.kernels.triton.config import Launch
-from wina.kernels.triton.tile import product, with_bias
+from wina.kernels.triton.operand import operand
+from wina.kernels.triton.tile import product, row_stride, tile_columns, with_bias
 
 
-@triton.jit(do_not_specialize=["T", "k_units", "n_units", "stride_units", "blocks"])
+@triton.jit(do_not_specialize=["T", "k_units", "n_units", "stride_units", "stride_s", "blocks"])
 def sparse_linear_kernel(
-    x_ptr, w_ptr, t_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, partial_ptr,
-    T, k_units, n_units, stride_units, blocks,
+    x_ptr, w_ptr, s_ptr, t_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, partial_ptr,
+    T, k_units, n_units, stride_units, stride_s, blocks,
     ALIGN: tl.constexpr, K_ALIGN: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
     """Program (column tile, split): y, or the split's float32 partial sums [SPLITS, T, N]."""
     K = k_units * K_ALIGN
     N = n_units * ALIGN
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = tl.program_id(0)
+    cols = tile_columns(tile, BLOCK_N, BITS)
     in_row = cols < N
     split = tl.program_id(1)
     rows = blocks * BLOCK_K
     first = split * rows
     last = tl.minimum(first + rows, K)
     acc = product(
-        x_ptr, w_ptr, t_ptr, scale_ptr, T, K, first, last, stride_units * ALIGN, cols, in_row,
-        BLOCK_T, BLOCK_K, BLOCK_N, STAGES,
+        x_ptr, w_ptr, s_ptr, t_ptr, scale_ptr, T, K, first, last,
+        row_stride(stride_units, ALIGN, BITS), stride_s, tile, cols, in_row,
+        BLOCK_T, BLOCK_K, BLOCK_N, STAGES, BITS,
     )  # fmt: skip
     tokens = tl.arange(0, BLOCK_T)
     at = tokens[:, None] * N + cols[None, :]
@@ -74,7 +79,7 @@ ADD_SPLITS_WARPS = 2
 
 def launch(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     threshold: Tensor,
     bias: Tensor | None,
     scale: Tensor | None,
@@ -85,7 +90,7 @@ def launch(
 
     Args:
         x: [T, K], contiguous.
-        weight: [K, N], rows contiguous.
+        weight: [K, N], rows contiguous, or quantized.
         threshold: [K] float32.
         bias: [N] or None.
         scale: [T] float32 or None.
@@ -93,19 +98,20 @@ def launch(
         residual: [T, N], contiguous, or None.
     """
     T, K = x.shape
-    N = weight.shape[1]
+    w = operand(weight)
+    N = w.columns
     y = torch.empty((T, N), dtype=x.dtype, device=x.device)
-    align, k_align = config.align(N, weight.stride(0)), config.align(K)
-    block_n = config.block_n(x.itemsize)
+    align, k_align = w.align, config.align(K)
+    block_n = config.block_n(w.itemsize)
     splits, blocks = config.splits(K)
     partial = None
     if splits > 1:
         partial = torch.empty((splits, T, N), dtype=torch.float32, device=x.device)
     sparse_linear_kernel[(triton.cdiv(N, block_n), splits)](
-        x, weight, threshold, bias, scale, residual, y, partial,
-        T, K // k_align, N // align, weight.stride(0) // align, blocks,
+        x, w.data, w.scales, threshold, bias, scale, residual, y, partial,
+        T, K // k_align, N // align, w.stride_units, w.scale_stride, blocks,
         ALIGN=align, K_ALIGN=k_align, SPLITS=splits, BLOCK_T=config.block_t(T),
-        BLOCK_K=config.block_k, BLOCK_N=block_n, STAGES=config.stages,
+        BLOCK_K=config.block_k, BLOCK_N=block_n, STAGES=config.stages, BITS=w.bits,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     if partial is not None:
