@@ -1,41 +1,144 @@
-"""``torch.ops.wina.*``: schemas, fake implementations and the default for every device.
+"""``torch.ops.wina.*``: what an operator is, and the default of every operator for every device.
 
-The default is the reference; a backend registers a faster kernel for its own device key, which
-takes precedence. An operator has no backward: modules take the differentiable path instead
-(:mod:`wina.linear`).
+An operator is one :func:`define`: its definition, the check of its arguments and the shape of its
+output. The schema, the fake implementation and the default follow. A backend enters a faster kernel
+for its device with :func:`register`. An operator has no backward: modules take the differentiable
+path instead (:mod:`wina.linear`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wina.kernels import reference
+from wina.registry import Registry
 
 _LIBRARY = torch.library.Library("wina", "DEF")
 
-_LIBRARY.define(
-    "sparse_linear(Tensor x, Tensor weight, Tensor threshold, Tensor? bias=None, "
-    "Tensor? scale=None) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_LIBRARY.define(
-    "sparse_gate_up(Tensor x, Tensor gate, Tensor up, Tensor gate_threshold, "
-    "Tensor up_threshold, str activation, Tensor? gate_bias=None, Tensor? up_bias=None, "
-    "Tensor? gate_scale=None, Tensor? up_scale=None) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+Arguments = SimpleNamespace
+"""The arguments of one call under the names of the operator's definition, defaults filled in."""
 
 
-def refuse_gradient(name: str, *tensors: Tensor | None) -> None:
-    """Raise if autograd would have to differentiate an operator that has no backward."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(
-            f"wina::{name} has no backward; call it under torch.no_grad(), or use "
-            f"wina.kernels.reference.{name}, which is differentiable"
-        )
+@dataclass(frozen=True)
+class Operator:
+    """What an operator is made of.
+
+    Attributes:
+        definition: the operator in plain torch. Its name and annotated signature are the
+            operator's.
+        check: raises a RuntimeError that names the argument whose shape or dtype does not fit.
+        output: an empty result of the right shape, dtype and device.
+    """
+
+    definition: Callable[..., Any]
+    check: Callable[[Arguments], None]
+    output: Callable[[Arguments], Any]
+
+    @property
+    def name(self) -> str:
+        """Of the operator, such as ``"sparse_linear"``."""
+        return self.definition.__name__
+
+    @property
+    def schema(self) -> str:
+        """As torch's dispatcher reads it."""
+        return torch.library.infer_schema(self.definition, op_name=self.name, mutates_args=())
+
+    @cached_property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.definition).parameters
+
+    @cached_property
+    def _defaults(self) -> dict[str, Any]:
+        parameters = self._parameters.items()
+        return {name: p.default for name, p in parameters if p.default is not p.empty}
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
+        """The arguments by name."""
+        given = dict(zip(self._parameters, args, strict=False))
+        return Arguments(**{**self._defaults, **given, **kwargs})
+
+    def define_by(self, arguments: Arguments) -> Any:
+        """The definition's result."""
+        return self.definition(**vars(arguments))
+
+    def implementation(
+        self, kernel: Callable[[Arguments], Any], has_kernel: Callable[[Arguments], bool]
+    ) -> Callable[..., Any]:
+        """What the dispatcher calls: check, then the kernel, or the definition where none fits."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            arguments = self.bind(args, kwargs)
+            self._refuse_gradient(arguments)
+            self.check(arguments)
+            return kernel(arguments) if has_kernel(arguments) else self.define_by(arguments)
+
+        return call
+
+    def fake(self, *args: Any, **kwargs: Any) -> Any:
+        """What tracing calls: check, and an output without values."""
+        arguments = self.bind(args, kwargs)
+        self.check(arguments)
+        return self.output(arguments)
+
+    def _refuse_gradient(self, arguments: Arguments) -> None:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(arguments)):
+            raise RuntimeError(
+                f"wina::{self.name} has no backward; call it under torch.no_grad(), or use "
+                f"wina.kernels.reference.{self.name}, which is differentiable"
+            )
+
+
+OPERATORS: Registry[Operator] = Registry("operator")
+
+
+def tensors(arguments: Arguments) -> list[Tensor]:
+    """All tensors among the arguments, those inside of lists too."""
+    found: list[Tensor] = []
+    for value in vars(arguments).values():
+        found += [t for t in (value if isinstance(value, list) else [value]) if torch.is_tensor(t)]
+    return found
+
+
+def define(
+    definition: Callable[..., Any],
+    check: Callable[[Arguments], None],
+    output: Callable[[Arguments], Any],
+) -> Callable[..., Any]:
+    """Enter an operator, see :class:`Operator`; returns what callers call."""
+    operator = Operator(definition, check, output)
+    OPERATORS.register(operator.name)(operator)
+    _LIBRARY.define(operator.schema, tags=torch.Tag.pt2_compliant_tag)
+    default = operator.implementation(operator.define_by, lambda _: True)
+    _LIBRARY.impl(operator.name, default, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"wina::{operator.name}", operator.fake, lib=_LIBRARY)
+    overload: Callable[..., Any] = getattr(torch.ops.wina, operator.name).default
+    return overload
+
+
+def register(
+    name: str,
+    key: str,
+    kernel: Callable[[Arguments], Any],
+    has_kernel: Callable[[Arguments], bool],
+) -> None:
+    """Make a kernel the implementation of an operator on one kind of device.
+
+    Args:
+        name: the operator's.
+        key: dispatch key, such as ``"CUDA"``.
+        kernel: gets checked arguments.
+        has_kernel: whether the kernel serves checked arguments; the definition serves the others.
+    """
+    _LIBRARY.impl(name, OPERATORS[name].implementation(kernel, has_kernel), key)
 
 
 def check_linear(
@@ -72,85 +175,32 @@ def check_linear(
         )
 
 
-def check_gated(gate: Tensor, up: Tensor, activation: str) -> None:
-    """Raise a RuntimeError if gate and up differ in shape or the activation is unknown."""
-    if gate.shape != up.shape:
+def _check_gate_up(a: Arguments) -> None:
+    check_linear(a.x, a.gate, a.gate_threshold, a.gate_bias, a.gate_scale)
+    check_linear(a.x, a.up, a.up_threshold, a.up_bias, a.up_scale)
+    if a.gate.shape != a.up.shape:
         raise RuntimeError(
-            f"gate and up must share a shape [K, N], got {tuple(gate.shape)} and {tuple(up.shape)}"
+            f"gate and up must share a shape [K, N], got {tuple(a.gate.shape)} and "
+            f"{tuple(a.up.shape)}"
         )
-    if activation not in reference.ACTIVATIONS:
+    if a.activation not in reference.ACTIVATIONS:
         raise RuntimeError(
-            f"unknown activation {activation!r}; known: {', '.join(reference.ACTIVATIONS)}"
+            f"unknown activation {a.activation!r}; known: {', '.join(reference.ACTIVATIONS)}"
         )
 
 
-def _default_sparse_linear(
-    x: Tensor,
-    weight: Tensor,
-    threshold: Tensor,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> Tensor:
-    refuse_gradient("sparse_linear", x, weight, bias)
-    check_linear(x, weight, threshold, bias, scale)
-    return reference.sparse_linear(x, weight, threshold, bias, scale)
-
-
-def _default_sparse_gate_up(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    gate_threshold: Tensor,
-    up_threshold: Tensor,
-    activation: str,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    gate_scale: Tensor | None = None,
-    up_scale: Tensor | None = None,
-) -> Tensor:
-    refuse_gradient("sparse_gate_up", x, gate, up, gate_bias, up_bias)
-    check_linear(x, gate, gate_threshold, gate_bias, gate_scale)
-    check_linear(x, up, up_threshold, up_bias, up_scale)
-    check_gated(gate, up, activation)
-    return reference.sparse_gate_up(
-        x, gate, up, gate_threshold, up_threshold, activation,
-        gate_bias, up_bias, gate_scale, up_scale,
-    )  # fmt: skip
-
-
-def _fake_sparse_linear(
-    x: Tensor,
-    weight: Tensor,
-    threshold: Tensor,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> Tensor:
-    check_linear(x, weight, threshold, bias, scale)
+def columns_of(x: Tensor, weight: Tensor) -> Tensor:
+    """An empty product [..., N] of x [..., K] and weight [K, N]."""
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
 
-def _fake_sparse_gate_up(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    gate_threshold: Tensor,
-    up_threshold: Tensor,
-    activation: str,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    gate_scale: Tensor | None = None,
-    up_scale: Tensor | None = None,
-) -> Tensor:
-    check_linear(x, gate, gate_threshold, gate_bias, gate_scale)
-    check_linear(x, up, up_threshold, up_bias, up_scale)
-    check_gated(gate, up, activation)
-    return x.new_empty((*x.shape[:-1], gate.shape[1]))
-
-
-_LIBRARY.impl("sparse_linear", _default_sparse_linear, "CompositeExplicitAutograd")
-_LIBRARY.impl("sparse_gate_up", _default_sparse_gate_up, "CompositeExplicitAutograd")
-torch.library.register_fake("wina::sparse_linear", _fake_sparse_linear, lib=_LIBRARY)
-torch.library.register_fake("wina::sparse_gate_up", _fake_sparse_gate_up, lib=_LIBRARY)
-
-sparse_linear: Callable[..., Tensor] = torch.ops.wina.sparse_linear.default
-sparse_gate_up: Callable[..., Tensor] = torch.ops.wina.sparse_gate_up.default
+sparse_linear: Callable[..., Tensor] = define(
+    reference.sparse_linear,
+    check=lambda a: check_linear(**vars(a)),
+    output=lambda a: columns_of(a.x, a.weight),
+)
+sparse_gate_up: Callable[..., Tensor] = define(
+    reference.sparse_gate_up,
+    check=_check_gate_up,
+    output=lambda a: columns_of(a.x, a.gate),
+)

@@ -13,18 +13,17 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from wina.kernels import ops, reference
+from wina.kernels import ops
+from wina.kernels.ops import Arguments
 from wina.kernels.triton import DTYPES, gate_up, sparse_linear
 from wina.kernels.triton.config import MAX_TOKENS, card_of, choose
-
-_LIBRARY = torch.library.Library("wina", "IMPL")
 
 
 @cache
 def register() -> None:
     """Make the kernels the implementation of the operators for CUDA tensors."""
-    _LIBRARY.impl("sparse_linear", _sparse_linear, "CUDA")
-    _LIBRARY.impl("sparse_gate_up", _sparse_gate_up, "CUDA")
+    ops.register("sparse_linear", "CUDA", _sparse_linear, lambda a: has_kernel(a.x, a.weight))
+    ops.register("sparse_gate_up", "CUDA", _sparse_gate_up, lambda a: has_kernel(a.x, a.gate, a.up))
 
 
 def has_kernel(x: Tensor, *weights: Tensor) -> bool:
@@ -37,56 +36,27 @@ def has_kernel(x: Tensor, *weights: Tensor) -> bool:
     )
 
 
-def _sparse_linear(
-    x: Tensor,
-    weight: Tensor,
-    threshold: Tensor,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> Tensor:
-    ops.check_linear(x, weight, threshold, bias, scale)
-    ops.refuse_gradient("sparse_linear", x, weight, bias)
-    if not has_kernel(x, weight):
-        return reference.sparse_linear(x, weight, threshold, bias, scale)
-    flat, K, N = _tokens(x), weight.shape[0], weight.shape[1]
-    config = choose("sparse_linear", card_of(x.device), len(flat), K, N, x.itemsize)
-    with torch.cuda.device(x.device):
+def _sparse_linear(a: Arguments) -> Tensor:
+    flat, (K, N) = _tokens(a.x), a.weight.shape
+    config = choose("sparse_linear", card_of(a.x.device), len(flat), K, N, a.x.itemsize)
+    with torch.cuda.device(a.x.device):
         y = sparse_linear.launch(
-            flat, weight, threshold.contiguous(), _contiguous(bias), _per_token(scale), config
-        )
-    return y.view(*x.shape[:-1], N)
-
-
-def _sparse_gate_up(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    gate_threshold: Tensor,
-    up_threshold: Tensor,
-    activation: str,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    gate_scale: Tensor | None = None,
-    up_scale: Tensor | None = None,
-) -> Tensor:
-    ops.check_linear(x, gate, gate_threshold, gate_bias, gate_scale)
-    ops.check_linear(x, up, up_threshold, up_bias, up_scale)
-    ops.check_gated(gate, up, activation)
-    ops.refuse_gradient("sparse_gate_up", x, gate, up, gate_bias, up_bias)
-    if not has_kernel(x, gate, up):
-        return reference.sparse_gate_up(
-            x, gate, up, gate_threshold, up_threshold, activation,
-            gate_bias, up_bias, gate_scale, up_scale,
+            flat, a.weight, a.threshold.contiguous(), _contiguous(a.bias), _per_token(a.scale),
+            config,
         )  # fmt: skip
-    flat, K, N = _tokens(x), gate.shape[0], gate.shape[1]
-    config = choose("sparse_gate_up", card_of(x.device), len(flat), K, N, x.itemsize)
-    with torch.cuda.device(x.device):
+    return y.view(*a.x.shape[:-1], N)
+
+
+def _sparse_gate_up(a: Arguments) -> Tensor:
+    flat, (K, N) = _tokens(a.x), a.gate.shape
+    config = choose("sparse_gate_up", card_of(a.x.device), len(flat), K, N, a.x.itemsize)
+    with torch.cuda.device(a.x.device):
         h = gate_up.launch(
-            flat, gate, up, gate_threshold.contiguous(), up_threshold.contiguous(), activation,
-            _contiguous(gate_bias), _contiguous(up_bias),
-            _per_token(gate_scale), _per_token(up_scale), config,
+            flat, a.gate, a.up, a.gate_threshold.contiguous(), a.up_threshold.contiguous(),
+            a.activation, _contiguous(a.gate_bias), _contiguous(a.up_bias),
+            _per_token(a.gate_scale), _per_token(a.up_scale), config,
         )  # fmt: skip
-    return h.view(*x.shape[:-1], N)
+    return h.view(*a.x.shape[:-1], N)
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from operator_cases import DTYPES, assert_equal_up_to_rounding, case, exact
 from torch import Tensor
 
+from wina.errors import UnknownNameError
 from wina.kernels import cpu, ops, reference
 from wina.kernels.dispatch import backends
 
@@ -192,6 +195,33 @@ def test_threads_do_not_change_a_bit(T: int, dtype: torch.dtype) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("name", list(ops.OPERATORS))
+def test_an_operator_has_the_signature_of_its_definition(name: str) -> None:
+    operator = ops.OPERATORS[name]
+    schema = getattr(torch.ops.wina, name).default._schema
+    parameters = inspect.signature(getattr(reference, name)).parameters
+    assert [a.name for a in schema.arguments] == list(parameters)
+    assert operator.definition is getattr(reference, name)
+
+
+def test_a_kernel_serves_what_it_can_and_the_definition_the_rest() -> None:
+    operator = ops.OPERATORS["sparse_linear"]
+    call = operator.implementation(lambda a: a.bias, lambda a: a.bias is not None)
+    x, weight, threshold = case(2, 8, 4, torch.float64, 0.5)
+    bias = torch.ones(4).double()
+    assert call(x, weight, threshold, bias=bias) is bias
+    assert torch.equal(call(x, weight, threshold), reference.sparse_linear(x, weight, threshold))
+    with pytest.raises(RuntimeError, match="threshold"):
+        call(x, weight, threshold[1:])
+    with pytest.raises(RuntimeError, match="no backward"):
+        call(x, weight, threshold, bias.requires_grad_())
+
+
+def test_a_kernel_of_an_unknown_operator_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="Known: sparse_linear, sparse_gate_up"):
+        ops.register("sparse", "CUDA", lambda a: a.x, lambda _: True)
 
 
 @pytest.mark.parametrize("loaded", [True, False], ids=["native", "default"])
