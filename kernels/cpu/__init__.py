@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from wina.kernels import ops, reference
+from wina.kernels import ops, quantized, reference
 from wina.kernels.cpu.build import load
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

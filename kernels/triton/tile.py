@@ -51,11 +51,7 @@ def tile_columns(tile, BLOCK_N: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def row_stride(stride_units, ALIGN: tl.constexpr, BITS: tl.constexpr):
     """Distance of two rows in elements, of which the compiler knows how they are aligned."""
-    if BITS == 0:
-        stride = stride_units * ALIGN
-    else:
-        stride = stride_units * ROW_ALIGN
-    return stride
+    return stride_units * (ALIGN if BITS == 0 else ROW_ALIGN)
 
 
 @triton.jit
