@@ -1,4 +1,5 @@
-"""``wina bench tune``: measures launch configurations on the card at hand and keeps the fastest.
+"""``wina bench tune``: measures launch configurations on the card at hand and keeps the fastest,
+and from how many tokens on a dense product is faster than any.
 
 Writes the device's table in ``kernels/triton/configs`` (or another folder, to look first). Every
 candidate is compared with the definition before it is timed: a fast wrong kernel is no candidate.
@@ -84,8 +85,65 @@ def tune(
                     }
                 )
     table = [{name: value for name, value in row.items() if name != "time_us"} for row in rows]
-    save_tuned(card_of(device), table, folder)
+    most = break_even(table, DTYPES[dtype], sparsity, device)
+    save_tuned(card_of(device), table, most, folder)
     return rows
+
+
+def break_even(
+    rows: Sequence[dict[str, Any]], dtype: torch.dtype, sparsity: float, device: torch.device
+) -> int:
+    """The most tokens at which tuned sparse_linear is no slower than cuBLAS, all shapes together.
+
+    Args:
+        rows: tuned shapes, as :func:`wina.kernels.triton.config.save_tuned` takes them.
+        dtype: of x and weights.
+        sparsity: of every token, each with its own mask.
+        device: the card.
+
+    Returns:
+        1, 2, 4, 8 or 16; one token is always sparse.
+    """
+    from wina.kernels.triton import sparse_linear
+
+    shapes = [row for row in rows if row["kernel"] == "sparse_linear" and row["many"]]
+    most = 1
+    for tokens in (2, 4, 8, 16):
+        sparse = dense = 0.0
+        for row in shapes:
+            config = Launch(**row["launch"])
+            x, weights, threshold = _case(1, tokens, row["K"], row["N"], dtype, sparsity, device)
+            copies = cold_copies(weights)
+            sparse += seconds_in_graph(
+                lambda ws, x=x, t=threshold, c=config: sparse_linear.launch(  # type: ignore[misc]
+                    x, ws[0], t, None, None, c
+                ),
+                copies,
+            )
+            dense += seconds_in_graph(
+                lambda ws, x=x: reference.dense_linear(x, ws[0]),  # type: ignore[misc]
+                copies,
+            )
+        if sparse > dense:
+            break
+        most = tokens
+    return most
+
+
+def _case(
+    products: int, tokens: int, K: int, N: int, dtype: torch.dtype, sparsity: float,
+    device: torch.device,
+) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
+    """x [T, K], weights [K, N] and a threshold [K]: one cut-off for all channels, so the tokens'
+    masks differ, as they do in a model.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(tokens, K, generator=generator, device=device).to(dtype)
+    weights = [
+        (torch.randn(K, N, generator=generator, device=device) / K**0.5).to(dtype)
+        for _ in range(products)
+    ]
+    return x, weights, x.abs().float().quantile(sparsity).expand(K).contiguous()
 
 
 def _fastest(
@@ -101,15 +159,8 @@ def _fastest(
 ) -> tuple[Launch, float]:
     from triton.runtime.errors import OutOfResources
 
-    generator = torch.Generator(device).manual_seed(0)
     products = 2 if kernel == "sparse_gate_up" else 1
-    x = torch.randn(tokens, K, generator=generator, device=device).to(dtype)
-    weights = [
-        (torch.randn(K, N, generator=generator, device=device) / K**0.5).to(dtype)
-        for _ in range(products)
-    ]
-    # One cut-off for all channels: the tokens' masks differ, as they do in a model.
-    threshold = x.abs().float().quantile(sparsity).expand(K).contiguous()
+    x, weights, threshold = _case(products, tokens, K, N, dtype, sparsity, device)
     run, want = _call(kernel, x, threshold, weights)
     copies = cold_copies(weights)
     best: tuple[Launch, float] | None = None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wina.errors import ConfigError, UnknownNameError
-from wina.kernels import cpu, ops, reference, triton
+from wina.kernels import cpu, ops, quantized, reference, triton
 
 
 @dataclass(frozen=True)
@@ -34,40 +34,49 @@ class Backend(ABC):
     Attributes:
         device: type of device it serves, None for all. A choice names the refusals of the
             backends that are for the layer's device.
-        max_tokens: tokens of a call above which it is a masked dense product, None for no limit.
         k_major: whether weights must lie K-major in memory. Every operator takes them as a
             matrix [K, N]; a backend that is not ``k_major`` reads the transposed view of the
             usual [N, K] layout.
         sparse_linear, sparse_gate_up, dense_linear: as in :mod:`wina.kernels.reference`.
+        sparse_group: likewise, None where products of one hidden state gain nothing by it.
+        dense_linear_quantized, sparse_linear_quantized, sparse_gate_up_quantized: as in
+            :mod:`wina.kernels.quantized`.
     """
 
     name: str
     device: str | None
-    max_tokens: int | None = None
     k_major: bool
     dense_linear: Callable[..., Tensor]
     sparse_linear: Callable[..., Tensor]
     sparse_gate_up: Callable[..., Tensor]
+    sparse_group: Callable[..., list[Tensor]] | None = None
+    dense_linear_quantized: Callable[..., Tensor]
+    sparse_linear_quantized: Callable[..., Tensor]
+    sparse_gate_up_quantized: Callable[..., Tensor]
 
     @abstractmethod
     def refuses(self, layer: LayerSpec) -> str | None:
         """Why this backend cannot serve the layer, or None if it can."""
 
+    def limit(self, layer: LayerSpec) -> str | None:
+        """Which calls are a masked dense product all the same, in words; None for no such call."""
+        return None
+
 
 class TritonBackend(Backend):
-    """Triton kernels that read only the kept rows (``kernels/triton``).
-
-    Above ``triton.MAX_TOKENS`` tokens a call is a masked dense product.
-    """
+    """Triton kernels that read only the kept rows (``kernels/triton``)."""
 
     name = "triton"
     device = "cuda"
-    max_tokens = triton.MAX_TOKENS
     k_major = True
     # cuBLAS reads both layouts at full speed.
     dense_linear = staticmethod(reference.dense_linear)
     sparse_linear = staticmethod(ops.sparse_linear)
     sparse_gate_up = staticmethod(ops.sparse_gate_up)
+    sparse_group = staticmethod(ops.sparse_group)
+    dense_linear_quantized = staticmethod(quantized.dense_linear_quantized)
+    sparse_linear_quantized = staticmethod(quantized.linear_operator)
+    sparse_gate_up_quantized = staticmethod(quantized.gate_up_operator)
 
     def refuses(self, layer: LayerSpec) -> str | None:
         """Not on CUDA, a dtype without a kernel, too old a card, or no usable Triton."""
@@ -77,9 +86,18 @@ class TritonBackend(Backend):
             return f"no kernel for {layer.dtype}"
         return triton.refuses_card(layer.device) or triton.load()
 
+    def limit(self, layer: LayerSpec) -> str | None:
+        """More tokens than the break-even of the card's table."""
+        found = triton.token_limit(torch.cuda.get_device_name(layer.device))
+        how = "measured" if found.measured else "reasoned, not measured"
+        return f"masked dense above {found.tokens} tokens ({how})"
+
 
 class CpuBackend(Backend):
-    """Compiled kernels that read only the kept rows (``kernels/cpu``)."""
+    """Compiled kernels that read only the kept rows (``kernels/cpu``).
+
+    A call of them costs so little that projections gain nothing by sharing one.
+    """
 
     name = "cpu"
     device = "cpu"
@@ -87,6 +105,9 @@ class CpuBackend(Backend):
     dense_linear = staticmethod(cpu.dense_linear)
     sparse_linear = staticmethod(ops.sparse_linear)
     sparse_gate_up = staticmethod(ops.sparse_gate_up)
+    dense_linear_quantized = staticmethod(cpu.dense_linear_quantized)
+    sparse_linear_quantized = staticmethod(quantized.linear_operator)
+    sparse_gate_up_quantized = staticmethod(quantized.gate_up_operator)
 
     def refuses(self, layer: LayerSpec) -> str | None:
         """Not on the CPU, a dtype without a kernel, or no kernel could be built here."""
@@ -106,6 +127,9 @@ class ReferenceBackend(Backend):
     dense_linear = staticmethod(reference.dense_linear)
     sparse_linear = staticmethod(reference.sparse_linear)
     sparse_gate_up = staticmethod(reference.sparse_gate_up)
+    dense_linear_quantized = staticmethod(quantized.dense_linear_quantized)
+    sparse_linear_quantized = staticmethod(quantized.sparse_linear_quantized)
+    sparse_gate_up_quantized = staticmethod(quantized.sparse_gate_up_quantized)
 
     def refuses(self, layer: LayerSpec) -> str | None:
         """Never."""
@@ -149,11 +173,8 @@ def choose(layer: LayerSpec, want: str = "auto") -> Choice:
             continue
         refusal = backend.refuses(layer)
         if refusal is None:
-            return Choice(backend, "; ".join(refusals or ["fastest here"]) + _limit(backend))
+            reasons = refusals or ["fastest here"]
+            limit = backend.limit(layer)
+            return Choice(backend, "; ".join(reasons if limit is None else [*reasons, limit]))
         refusals.append(f"{backend.name}: {refusal}")
     raise AssertionError("the reference backend serves every layer")
-
-
-def _limit(backend: Backend) -> str:
-    most = backend.max_tokens
-    return "" if most is None else f"; masked dense above {most} tokens"

@@ -175,6 +175,16 @@ def check_linear(
         )
 
 
+def _check_sparse_linear(a: Arguments) -> None:
+    check_linear(a.x, a.weight, a.threshold, a.bias, a.scale)
+    shape = (*a.x.shape[:-1], a.weight.shape[1])
+    if a.residual is not None and (a.residual.shape != shape or a.residual.dtype != a.x.dtype):
+        raise RuntimeError(
+            f"residual must be {shape} {a.x.dtype}, got {tuple(a.residual.shape)} "
+            f"{a.residual.dtype}"
+        )
+
+
 def _check_gate_up(a: Arguments) -> None:
     check_linear(a.x, a.gate, a.gate_threshold, a.gate_bias, a.gate_scale)
     check_linear(a.x, a.up, a.up_threshold, a.up_bias, a.up_scale)
@@ -189,6 +199,39 @@ def _check_gate_up(a: Arguments) -> None:
         )
 
 
+def _check_group(a: Arguments) -> None:
+    counts = [len(values) for values in (a.weights, a.thresholds, a.biases, a.scales)]
+    if not counts[0] or len(set(counts)) > 1:
+        raise RuntimeError(
+            "expected one threshold, bias and scale (or None) for each of at least one weight, "
+            f"got {counts[1]}, {counts[2]} and {counts[3]} for {counts[0]}"
+        )
+    for one in zip(a.weights, a.thresholds, a.biases, a.scales, strict=True):
+        check_linear(a.x, *one)
+
+
+def _check_topk(a: Arguments) -> None:
+    if a.x.dim() < 1 or a.threshold.shape != a.x.shape[-1:] or a.threshold.dtype != torch.float32:
+        raise RuntimeError(
+            f"expected x [..., K] and threshold [K] float32, got shapes {tuple(a.x.shape)} and "
+            f"{tuple(a.threshold.shape)} {a.threshold.dtype}"
+        )
+    if not 0 < a.dropped < a.x.shape[-1]:
+        raise RuntimeError(f"dropped must be in [1, {a.x.shape[-1] - 1}], got {a.dropped}")
+
+
+def _check_mean(a: Arguments) -> None:
+    if a.x.dim() < 1 or not a.x.is_floating_point():
+        raise RuntimeError(
+            f"expected x [..., K] of floating-point numbers, got {tuple(a.x.shape)} {a.x.dtype}"
+        )
+
+
+def one_a_token(x: Tensor) -> Tensor:
+    """An empty factor of thresholds [...] float32 for x [..., K]."""
+    return x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
 def columns_of(x: Tensor, weight: Tensor) -> Tensor:
     """An empty product [..., N] of x [..., K] and weight [K, N]."""
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
@@ -196,11 +239,22 @@ def columns_of(x: Tensor, weight: Tensor) -> Tensor:
 
 sparse_linear: Callable[..., Tensor] = define(
     reference.sparse_linear,
-    check=lambda a: check_linear(**vars(a)),
+    check=_check_sparse_linear,
     output=lambda a: columns_of(a.x, a.weight),
 )
 sparse_gate_up: Callable[..., Tensor] = define(
     reference.sparse_gate_up,
     check=_check_gate_up,
     output=lambda a: columns_of(a.x, a.gate),
+)
+sparse_group: Callable[..., list[Tensor]] = define(
+    reference.sparse_group,
+    check=_check_group,
+    output=lambda a: [columns_of(a.x, weight) for weight in a.weights],
+)
+topk_scale: Callable[..., Tensor] = define(
+    reference.topk_scale, _check_topk, output=lambda a: one_a_token(a.x)
+)
+mean_scale: Callable[..., Tensor] = define(
+    reference.mean_scale, _check_mean, output=lambda a: one_a_token(a.x)
 )

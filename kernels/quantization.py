@@ -185,15 +185,15 @@ def _pack(q: Tensor, form: IntegerFormat, row_bytes: int) -> Tensor:
         return F.pad(row, (0, max(0, row_bytes - row.shape[1])))[:, :row_bytes]
     # [k, groups, byte of the word, low or high half, word]
     halves = (q + 8).to(torch.uint8).unflatten(-1, (4, 2, GROUP // 8))
-    words = halves[..., 0, :] | (halves[..., 1, :] << 4)
+    words: Tensor = halves[..., 0, :] | (halves[..., 1, :] << 4)
     return words.transpose(-1, -2).flatten(1).view(torch.int8)
 
 
 def _unpack(packed: Tensor, groups: int, bits: int) -> Tensor:
     """Bytes [k, row bytes] → integers [k, groups, GROUP], float32 (padding included)."""
     if format_of(bits).bits == 8:
-        padding = groups * GROUP - packed.shape[1]
-        return F.pad(packed, (0, padding)).unflatten(1, (groups, GROUP)).to(torch.float32)
+        row = F.pad(packed, (0, groups * GROUP - packed.shape[1]))
+        return row.view(-1, groups, GROUP).to(torch.float32)
     words = packed.view(torch.uint8).unflatten(1, (groups, GROUP // 8, 4)).transpose(-1, -2)
     halves = torch.stack((words & 15, words >> 4), dim=-2)
     return halves.flatten(2).to(torch.float32).sub_(8.0)

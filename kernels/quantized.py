@@ -19,7 +19,6 @@ from wina.kernels.quantization import (
     FORMATS,
     GROUP,
     QuantizedWeight,
-    dequantize,
     format_of,
     groups_of,
     scales_of,
@@ -39,6 +38,13 @@ def multiply(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, dtype: tor
         part = None if bias is None else bias[columns].to(dtype)
         parts.append(F.linear(x, block.dequantize().to(dtype).t(), part))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def dense_linear_quantized(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None
+) -> Tensor:
+    """x·weight + bias for x [..., K], multiplied in x's dtype: what many tokens take on a GPU."""
+    return multiply(x, weight, bias, x.dtype)
 
 
 def columns_from(weight: QuantizedWeight, first: int, groups: int) -> QuantizedWeight:

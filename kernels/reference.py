@@ -7,7 +7,7 @@ number of tokens, can be traced by ``torch.compile`` and are differentiable in x
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +58,9 @@ def sparse_linear(
     threshold: Tensor,
     bias: Tensor | None = None,
     scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y_t = Σ over active j of x_tj·weight[j, :] + bias.
+    """y_t = residual_t + Σ over active j of x_tj·weight[j, :] + bias.
 
     Args:
         x: hidden states [..., K].
@@ -67,11 +68,34 @@ def sparse_linear(
         threshold: see :func:`keep_mask`.
         bias: [N] or None.
         scale: see :func:`keep_mask`.
+        residual: [..., N] in the dtype of x, or None. Kernels add it before their one rounding;
+            here, in 16 bits, the product has been rounded before.
 
     Returns:
         [..., N] in the dtype of x.
     """
-    return F.linear(mask_inputs(x, threshold, scale), weight.t(), bias)
+    y = F.linear(mask_inputs(x, threshold, scale), weight.t(), bias)
+    return y if residual is None else residual + y
+
+
+def sparse_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """sparse_linear of several weights that read the same hidden state, such as q, k and v.
+
+    Args:
+        x: hidden states [..., K].
+        weights: K-major weights [K, N_i].
+        thresholds, biases, scales: of each weight, see :func:`sparse_linear`.
+
+    Returns:
+        [..., N_i] for each weight, in the dtype of x.
+    """
+    return [sparse_linear(x, *one) for one in zip(weights, thresholds, biases, scales, strict=True)]
 
 
 def sparse_gate_up(
@@ -102,3 +126,29 @@ def sparse_gate_up(
     g = sparse_linear(x, gate, gate_threshold, gate_bias, gate_scale)
     u = sparse_linear(x, up, up_threshold, up_bias, up_scale)
     return ACTIVATIONS[activation](g) * u
+
+
+def topk_scale(x: Tensor, threshold: Tensor, dropped: int) -> Tensor:
+    """The cut-off of every token's scores |x_j|/threshold_j that drops ``dropped`` channels.
+
+    It lies half way between the last score kept and the first one dropped, so that rounding in
+    |x_j| ≤ threshold_j·scale cannot move a channel across it. A NaN scores +inf.
+
+    Args:
+        x: hidden states [..., K].
+        threshold: [K] float32: 1/c.
+        dropped: in [1, K − 1].
+
+    Returns:
+        [...] float32.
+    """
+    scores = x.abs().to(torch.float32) / threshold
+    scores = torch.where(scores.isnan(), torch.inf, scores)
+    # Of the smallest dropped + 1 scores, the two largest are either side of the cut.
+    smallest = scores.topk(dropped + 1, dim=-1, largest=False).values
+    return (smallest[..., dropped - 1] + smallest[..., -1]) / 2
+
+
+def mean_scale(x: Tensor) -> Tensor:
+    """mean_j |x_j| of every token of x [..., K]: [...] float32."""
+    return x.abs().mean(dim=-1, dtype=torch.float32)

@@ -34,11 +34,14 @@ def exact(
     threshold: Tensor,
     bias: Tensor | None = None,
     scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The definition in float64, from the mask that float32 comparison gives."""
     keep = reference.keep_mask(x, threshold, scale)
     y = torch.where(keep, x, 0.0).double() @ weight.double()
-    return y if bias is None else y + bias.double()
+    for added in (bias, residual):
+        y = y if added is None else y + added.double()
+    return y
 
 
 def assert_equal_up_to_rounding(got: Tensor, want: Tensor, x: Tensor, weight: Tensor) -> None:

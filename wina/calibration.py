@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 from wina.config import SparsityConfig
 from wina.criteria import Criterion
 from wina.errors import CalibrationError, PatchStateError
+from wina.kernels.quantization import quantize
 from wina.kernels.reference import keep_mask, mask_inputs
 from wina.plan import ProjectionPlan, SparsityPlan, weight_sample
 from wina.prefill import Prefill
@@ -133,17 +134,24 @@ class _Calibrator:
         return {name: layer.plan() for name, layer in self.layers.items()}
 
     def _forward(self, windows: Tensor, advance: Advance) -> None:
-        def hook_of(layer: _Layer) -> Any:
+        def before(layer: _Layer) -> Any:
             def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
                 masked = layer.see(arguments[0])
+                layer.round_weight()
                 advance()
                 return (masked, *arguments[1:])
 
             return hook
 
-        handles = [
-            layer.module.register_forward_pre_hook(hook_of(layer)) for layer in self.layers.values()
-        ]
+        def after(layer: _Layer) -> Any:
+            return lambda *_: layer.put_back()
+
+        handles = []
+        for layer in self.layers.values():
+            handles += [
+                layer.module.register_forward_pre_hook(before(layer)),
+                layer.module.register_forward_hook(after(layer)),
+            ]
         training = self.decoder.training
         device = next(self.decoder.parameters()).device
         self.decoder.eval()
@@ -154,6 +162,8 @@ class _Calibrator:
             self.decoder.train(training)
             for handle in handles:
                 handle.remove()
+            for layer in self.layers.values():
+                layer.put_back()
 
 
 class _Layer:
@@ -178,16 +188,37 @@ class _Layer:
         self.selector: Selector = config.make_selector()
         self.prefill = Prefill(1.0, config.sink_tokens)
         self.sequential = config.statistics == "sequential"
+        self.weight_dtype = config.weight_dtype
+        self.original: Tensor | None = None
         self.histogram = ScoreHistogram()
         self.constants: Tensor | None = None
         self.threshold: Tensor | None = None
         self.cutoff = 0.0
         self.dropped = 0
 
+    def round_weight(self) -> None:
+        """Let the module compute with the weight that it will have, until :meth:`put_back`."""
+        if self.weight_dtype is not None:
+            self.original = self.module.weight.data
+            self.module.weight.data = self._rounded(self.original).to(self.original.dtype)
+
+    def put_back(self) -> None:
+        """Give the module its own weight again, the very same tensor."""
+        if self.original is not None:
+            self.module.weight.data = self.original
+            self.original = None
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        """A weight [N, K] as it will be in use: criteria see the rounded one."""
+        if self.weight_dtype is None:
+            return weight
+        return quantize(weight.t(), self.weight_dtype).dequantize().t()
+
     def see(self, x: Tensor) -> Tensor:
         """Count the scores of inputs [B, S, K]; return them masked with the current cut-off."""
         if self.constants is None:
-            self.constants = self.criterion.constants(self.sharing, self.generator)
+            weights = [self._rounded(weight) for weight in self.sharing]
+            self.constants = self.criterion.constants(weights, self.generator)
         start = self.prefill.start(x.shape[-2])
         tokens = x[..., start:, :]
         for rows in tokens.reshape(-1, x.shape[-1]).split(_SCORE_ROWS):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wina.kernels.reference import keep_mask
 from wina.linear import SparseLinear
+from wina.mlp import GatedForm, SparseGatedMLP
 from wina.patch import is_patched, patch_of
 from wina.plan import weighted_mean
 from wina.projections import find_projections
@@ -21,7 +22,12 @@ from wina.projections import find_projections
 
 @dataclass(frozen=True)
 class InspectionRow:
-    """One projection of a model. ``realised`` is what calibration measured."""
+    """One projection of a model.
+
+    ``weight_dtype`` and ``weight_bytes`` tell how the weight is kept in memory.
+    ``realised`` is what calibration measured, ``fused`` the roles of the projections that share
+    its launch while decoding, its own among them, empty where it has one for itself.
+    """
 
     projection: str
     shape: tuple[int, int]
@@ -30,6 +36,9 @@ class InspectionRow:
     cutoff: float | None
     backend: str
     reason: str
+    fused: tuple[str, ...] = ()
+    weight_dtype: str = ""
+    weight_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,8 @@ class Inspection:
         table = Table(title=f"{self.model_type}: {self.method}")
         for column, justify in (
             ("projection", "left"), ("[N, K]", "right"), ("asked", "right"),
-            ("realised", "right"), ("cut-off", "right"), ("backend", "left"), ("why", "left"),
+            ("realised", "right"), ("cut-off", "right"), ("weights", "left"),
+            ("one launch", "left"), ("backend", "left"), ("why", "left"),
         ):  # fmt: skip
             table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         for row in self.rows:
@@ -68,11 +78,13 @@ class Inspection:
                 f"{row.sparsity:.3f}",
                 f"{row.realised:.3f}",
                 "" if row.cutoff is None else f"{row.cutoff:.4g}",
+                row.weight_dtype,
+                "+".join(row.fused),
                 row.backend,
                 row.reason,
             )
         text = StringIO()
-        Console(file=text, width=160, color_system=None).print(table)
+        Console(file=text, width=200, color_system=None).print(table)
         return (
             f"{text.getvalue()}realised over the model: {self.realised:.3f} of projection weights "
             f"skipped by a decoded token (on calibration text); share of prefill tokens that are "
@@ -95,6 +107,7 @@ def inspect(model: nn.Module) -> Inspection:
     patch = patch_of(model)
     rows = []  # type: ignore[assignment]
     sparse = {m.name: m for m in model.modules() if isinstance(m, SparseLinear)}
+    mlps = {n: m.gated.form for n, m in model.named_modules() if isinstance(m, SparseGatedMLP)}
     for name, layer in patch.plan.layers.items():
         choice = sparse[name].choice
         shape = (layer.projection.out_features, layer.projection.in_features)
@@ -107,6 +120,9 @@ def inspect(model: nn.Module) -> Inspection:
                 layer.cutoff,
                 choice.backend.name,
                 choice.reason,
+                _fused_with(name, layer.projection.role, sparse[name], mlps),
+                sparse[name].weight_dtype,
+                sparse[name].weight_bytes,
             )
         )
     return Inspection(
@@ -116,6 +132,17 @@ def inspect(model: nn.Module) -> Inspection:
         patch.plan.realised,
         tuple(rows),
     )
+
+
+def _fused_with(
+    name: str, role: str, module: SparseLinear, mlps: Mapping[str, GatedForm]
+) -> tuple[str, ...]:
+    form = mlps.get(name.rpartition(".")[0])
+    if form is not None and role in (form.gate, form.up):
+        return (form.gate, form.up)
+    if module.group is not None and module.group.fuses:
+        return tuple(member.name.rpartition(".")[2] for member in module.group.members)
+    return ()
 
 
 class RealisedSparsity:

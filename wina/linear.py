@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wina.group import ProjectionGroup
 from wina.kernels.dispatch import Choice, LayerSpec, choose
 from wina.kernels.reference import mask_inputs
 from wina.prefill import Prefill
@@ -50,6 +51,9 @@ class SparseLinear(nn.Linear):
     row. So state dicts, ``F.linear`` and the kernels all work on the one copy.
 
     With gradients enabled the product is the differentiable dense one on masked inputs.
+
+    Attributes:
+        group: the projections that share a launch with this one, None if it has its own.
     """
 
     threshold: Tensor
@@ -66,7 +70,7 @@ class SparseLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's would allocate a second weight
         self.in_features = original.in_features
         self.out_features = original.out_features
-        self.weight = original.weight
+        self._hold(original)
         self.bias = original.bias
         self.train(original.training)
         self.name = name
@@ -74,12 +78,33 @@ class SparseLinear(nn.Linear):
         self.selector = selector
         self.control = control
         self.register_buffer(
-            "threshold", threshold.to(self.weight.device, torch.float32), persistent=False
+            "threshold", threshold.to(self.storage.device, torch.float32), persistent=False
         )
         self.choice = choose(self._layer(), control.backend)
+        self.group: ProjectionGroup | None = None
+
+    def _hold(self, original: nn.Linear) -> None:
+        """Take the weight over."""
+        self.weight = original.weight
+
+    @property
+    def storage(self) -> Tensor:
+        """A tensor with the device and dtype of the products."""
+        return self.weight
+
+    @property
+    def weight_dtype(self) -> str:
+        """How the weight is kept, such as ``"bfloat16"`` or ``"int4"``."""
+        return str(self.weight.dtype).removeprefix("torch.")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight in memory."""
+        return self.weight.nbytes
 
     def _layer(self) -> LayerSpec:
-        return LayerSpec(self.weight.device, self.weight.dtype, self.in_features, self.out_features)
+        storage = self.storage
+        return LayerSpec(storage.device, storage.dtype, self.in_features, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [..., S, K] → [..., S, N]; a sequence of one token is a decode step."""
@@ -89,7 +114,7 @@ class SparseLinear(nn.Linear):
             # their gradients, are many times slower on a CPU without 16-bit instructions.
             return F.linear(self.masked(x, start), self.weight.contiguous(), self.bias)
         if start == 0:
-            return self._sparse(x)
+            return self._sparse_with_group(x)
         if start >= sequence_length(x):
             return self._dense(x)
         parts = [self._dense(x[..., :start, :]), self._sparse(x[..., start:, :])]
@@ -109,11 +134,25 @@ class SparseLinear(nn.Linear):
         masked = mask_inputs(tokens, self.threshold, scale)
         return masked if start == 0 else torch.cat([x[..., :start, :], masked], dim=-2)
 
+    def _sparse_with_group(self, x: Tensor) -> Tensor:
+        if self.group is not None and self.control.observer is None:
+            y = self.group.product(self, x)
+            if y is not None:
+                return y
+        return self._sparse(x)
+
     def _sparse(self, x: Tensor) -> Tensor:
         scale = self._observed_scale(x)
         return self.choice.backend.sparse_linear(
             x, self.weight.t(), self.threshold, self.bias, scale
         )
+
+    def gate_up(self, up: SparseLinear, x: Tensor, activation: str) -> Tensor:
+        """activation(sparse product of this)·(sparse product of ``up``), in one launch."""
+        return self.choice.backend.sparse_gate_up(
+            x, self.weight.t(), up.weight.t(), self.threshold, up.threshold, activation,
+            self.bias, up.bias, self.scale(x), up.scale(x),
+        )  # fmt: skip
 
     def _dense(self, x: Tensor) -> Tensor:
         return self.choice.backend.dense_linear(x, self.weight.t(), self.bias)
@@ -125,7 +164,7 @@ class SparseLinear(nn.Linear):
         return scale
 
     def _needs_gradient(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        return torch.is_grad_enabled() and (x.requires_grad or self.storage.requires_grad)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseLinear:
         # `.to(bfloat16)` casts buffers as well; thresholds stay float32 on every path.
@@ -133,6 +172,8 @@ class SparseLinear(nn.Linear):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.threshold = threshold.to(self.threshold.device)
         self.choice = self._choose_again()
+        if self.group is not None:
+            self.group.settle()
         return self
 
     def _choose_again(self) -> Choice:

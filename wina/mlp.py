@@ -100,18 +100,7 @@ class SparseGatedMLP(nn.Module):
             and control.first_sparse(x) == 0
             and not (torch.is_grad_enabled())
         ):
-            h = gate.choice.backend.sparse_gate_up(
-                x,
-                gate.weight.t(),
-                up.weight.t(),
-                gate.threshold,
-                up.threshold,
-                self.gated.activation,
-                gate.bias,
-                up.bias,
-                gate.scale(x),
-                up.scale(x),
-            )
+            h = gate.gate_up(up, x, self.gated.activation)
         else:
             h = ACTIVATIONS[self.gated.activation](gate(x)) * up(x)
         y: Tensor = down(h)

@@ -166,13 +166,16 @@ def check_projection(name: str, module: nn.Module, architecture: Architecture) -
     return False
 
 
-def _observe_inputs(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, Tensor]:
-    """Name → input tensor of each projection, in the order of execution."""
-    inputs: dict[str, Tensor] = {}
+def _observe_inputs(
+    model: nn.Module, linears: dict[str, nn.Linear]
+) -> dict[str, tuple[Tensor, int]]:
+    """Name → input tensor of each projection and its version, in the order of execution."""
+    inputs: dict[str, tuple[Tensor, int]] = {}
 
     def observer(name: str) -> Any:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            inputs.setdefault(name, arguments[0])
+            x = arguments[0]
+            inputs.setdefault(name, (x, 0 if x.is_inference() else x._version))
 
         return hook
 
@@ -194,12 +197,14 @@ def _observe_inputs(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str
     return inputs
 
 
-def _group_by_input(inputs: dict[str, Tensor]) -> dict[str, str]:
-    """Name → group name; the inputs are all alive, so equal addresses mean the same tensor."""
+def _group_by_input(inputs: dict[str, tuple[Tensor, int]]) -> dict[str, str]:
+    """Name → group name; the inputs are all alive, so equal addresses mean the same tensor, and
+    equal versions that nothing was written to it in between.
+    """
     members: dict[tuple[Any, ...], list[str]] = {}
-    for name, x in inputs.items():
+    for name, (x, version) in inputs.items():
         parent = name.rpartition(".")[0]
-        key = (parent, x.data_ptr(), tuple(x.shape), x.stride(), x.dtype)
+        key = (parent, x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, version)
         members.setdefault(key, []).append(name)
     return {
         name: f"{key[0]}[{','.join(n.rpartition('.')[2] for n in names)}]"

@@ -54,8 +54,11 @@ COMPILER_LINES = 15
 OPERATORS = (
     "sparse_linear",
     "sparse_gate_up",
+    "sparse_group",
     "sparse_linear_quantized",
     "sparse_gate_up_quantized",
+    "topk_scale",
+    "mean_scale",
 )
 
 _log = logging.getLogger("wina")

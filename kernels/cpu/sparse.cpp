@@ -1,4 +1,4 @@
-// Native CPU kernels: sparse_linear and sparse_gate_up, dispatch key CPU of the library "wina".
+// Native CPU kernels of the library "wina": sparse products and top-k cut-offs, dispatch key CPU.
 //
 // The schemas are defined in Python (kernels/ops.py); this file only registers implementations.
 // Flags (kernels/cpu/build.py):
@@ -255,10 +255,12 @@ bool fast(const Tensor& x, int64_t tokens, int64_t N) {
 }
 
 template <class T>
-void linear_fast(const Tensor& x, int64_t all_tokens, const Projection& p, Tensor& y) {
+void linear_fast(const Tensor& x, int64_t all_tokens, const Projection& p, const Tensor& residual,
+                 Tensor& y) {
   const int64_t K = p.weight.size(0), N = p.weight.size(1);
   const float *threshold = p.threshold.const_data_ptr<float>(), *scale = data_or_null(p.scale);
   const T *in = x.const_data_ptr<T>(), *weight = p.weight.const_data_ptr<T>();
+  const T* stream = residual.defined() ? residual.const_data_ptr<T>() : nullptr;
   T* out = y.mutable_data_ptr<T>();
   KeptRows& rows = kept_rows(0);
   for (int64_t t0 = 0; t0 < all_tokens; t0 += kMaxTokens) {
@@ -268,6 +270,8 @@ void linear_fast(const Tensor& x, int64_t all_tokens, const Projection& p, Tenso
       alignas(kLine) float acc[kTile];
       accumulate(rows, tokens, weight, N, first, width, acc);
       add_bias<T>(acc, tokens, width, p.bias, first, width);
+      add_residual(acc, tokens, width, stream ? stream + t0 * N : nullptr, N, first,
+                   width);
       for (int t = 0; t < tokens; ++t)
         for (int64_t n = 0; n < width; ++n)
           out[(t0 + t) * N + first + n] = static_cast<T>(acc[t * width + n]);
@@ -327,7 +331,8 @@ Tensor columns(const Tensor& masked_x, const Projection& p, at::ScalarType dtype
 }
 
 Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& threshold,
-                     const OptionalTensor& bias, const OptionalTensor& scale) {
+                     const OptionalTensor& bias, const OptionalTensor& scale,
+                     const OptionalTensor& residual) {
   const char* op = "wina::sparse_linear";
   check_input(op, x, weight.requires_grad());
   const int64_t K = x.size(-1);
@@ -336,19 +341,21 @@ Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& thresh
   const int64_t N = weight.size(1);
   auto shape = x.sizes().vec();
   shape.back() = N;
+  const Tensor stream = check_residual(op, x, tokens, shape, residual);
   Tensor y = at::empty(shape, x.options());
   if (!fast(x, tokens, N)) {
     const Tensor m = masked(x.reshape({tokens, K}), p);
     fill_blocks(y, tokens, copy_columns(y), [&](at::ScalarType dtype, int64_t first, int64_t width) {
-      return columns(m, p, dtype, first, width);
+      Tensor part = columns(m, p, dtype, first, width);
+      return stream.defined() ? part.add_(stream.narrow(1, first, width)) : part;
     });
     return y;
   }
   const Tensor in = x.contiguous();
   switch (x.scalar_type()) {
-    case at::kBFloat16: linear_fast<at::BFloat16>(in, tokens, p, y); break;
-    case at::kHalf: linear_fast<at::Half>(in, tokens, p, y); break;
-    default: linear_fast<float>(in, tokens, p, y); break;
+    case at::kBFloat16: linear_fast<at::BFloat16>(in, tokens, p, stream, y); break;
+    case at::kHalf: linear_fast<at::Half>(in, tokens, p, stream, y); break;
+    default: linear_fast<float>(in, tokens, p, stream, y); break;
   }
   return y;
 }
@@ -389,10 +396,120 @@ Tensor sparse_gate_up(const Tensor& x, const Tensor& gate, const Tensor& up,
   return h;
 }
 
+std::vector<Tensor> sparse_group(const Tensor& x, at::TensorList weights,
+                                 at::TensorList thresholds,
+                                 const c10::List<OptionalTensor>& biases,
+                                 const c10::List<OptionalTensor>& scales) {
+  const size_t count = weights.size();
+  TORCH_CHECK(count > 0 && thresholds.size() == count && biases.size() == count &&
+                  scales.size() == count,
+              "wina::sparse_group: expected one threshold, bias and scale (or None) for each of at "
+              "least one weight");
+  std::vector<Tensor> ys;
+  ys.reserve(count);
+  for (size_t i = 0; i < count; ++i)
+    ys.push_back(sparse_linear(x, weights[i], thresholds[i], biases.get(i), scales.get(i), {}));
+  return ys;
+}
+
+// -------------------------------------------------------------------------------------- scales
+
+// A float's bits, those of negative numbers turned over: ordered as integers like the floats. Its
+// own inverse but for the type.
+inline int32_t to_key(float v) {
+  int32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits ^ ((bits >> 31) & INT32_MAX);
+}
+
+inline float from_key(int32_t key) {
+  const int32_t bits = key ^ ((key >> 31) & INT32_MAX);
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+int32_t count_below(const int32_t* keys, int64_t K, int32_t limit) {
+  int32_t count = 0;
+  for (int64_t j = 0; j < K; ++j) count += keys[j] < limit;
+  return count;
+}
+
+// Half way between the dropped-th smallest score |x| / threshold and the next one, NaN as +inf.
+// The score of a rank is found bit by bit, counting what lies below: no sort, no branch on data.
+template <class T>
+float topk_cutoff(const T* x, const float* threshold, int64_t K, int64_t dropped, int32_t* keys) {
+  const int32_t infinite = to_key(INFINITY);
+  for (int64_t j = 0; j < K; ++j) {
+    const float score = std::fabs(static_cast<float>(x[j])) / threshold[j];
+    keys[j] = std::isnan(score) ? infinite : to_key(score);
+  }
+  int32_t lower = count_below(keys, K, 0) < dropped ? 0 : INT32_MIN;
+  for (int bit = 30; bit >= 0; --bit) {
+    const int32_t candidate = lower + (int32_t{1} << bit);
+    if (count_below(keys, K, candidate) < dropped) lower = candidate;
+  }
+  int32_t upper = INT32_MAX;
+  int64_t up_to = 0;
+  for (int64_t j = 0; j < K; ++j) {
+    up_to += keys[j] <= lower;
+    upper = std::min(upper, keys[j] <= lower ? INT32_MAX : keys[j]);
+  }
+  if (up_to > dropped) upper = lower;
+  return (from_key(lower) + from_key(upper)) / 2;
+}
+
+// One float for each token: f(x of the token, its scratch of K integers).
+template <class T, class F>
+void for_tokens(const Tensor& x, Tensor& scale, const F& f) {
+  const int64_t K = x.size(-1);
+  const T* in = x.const_data_ptr<T>();
+  float* out = scale.mutable_data_ptr<float>();
+  at::parallel_for(0, scale.numel(), 1, [&](int64_t begin, int64_t end) {
+    static thread_local std::vector<int32_t> scratch;
+    if (static_cast<int64_t>(scratch.size()) < K) scratch.resize(K);
+    for (int64_t t = begin; t < end; ++t) out[t] = f(in + t * K, scratch.data());
+  });
+}
+
+Tensor one_a_token(const Tensor& x) {
+  return at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
+}
+
+Tensor topk_scale(const Tensor& x, const Tensor& threshold, int64_t dropped) {
+  const char* op = "wina::topk_scale";
+  check_input(op, x, false);
+  const int64_t K = x.size(-1);
+  TORCH_CHECK(threshold.dim() == 1 && threshold.size(0) == K && threshold.is_cpu() &&
+                  threshold.scalar_type() == at::kFloat,
+              op, ": threshold must be [", K, "] float32 on the CPU, got ", threshold.sizes(), " ",
+              threshold.scalar_type());
+  TORCH_CHECK(0 < dropped && dropped < K && K < INT32_MAX, op, ": dropped must be in [1, ", K - 1,
+              "], got ", dropped);
+  const Tensor limit = threshold.contiguous();
+  const float* t = limit.const_data_ptr<float>();
+  Tensor scale = one_a_token(x);
+  const auto of = [&](auto* row, int32_t* keys) { return topk_cutoff(row, t, K, dropped, keys); };
+  switch (x.scalar_type()) {
+    case at::kBFloat16: for_tokens<at::BFloat16>(x.contiguous(), scale, of); break;
+    case at::kHalf: for_tokens<at::Half>(x.contiguous(), scale, of); break;
+    default: for_tokens<float>(x.to(at::kFloat).contiguous(), scale, of); break;
+  }
+  return scale;
+}
+
+Tensor mean_scale(const Tensor& x) {
+  check_input("wina::mean_scale", x, false);
+  return at::mean(x.abs(), {-1}, /*keepdim=*/false, at::kFloat);
+}
+
 }  // namespace
 }  // namespace wina
 
 TORCH_LIBRARY_IMPL(wina, CPU, m) {
+  m.impl("mean_scale", TORCH_FN(wina::mean_scale));
   m.impl("sparse_linear", TORCH_FN(wina::sparse_linear));
+  m.impl("sparse_group", TORCH_FN(wina::sparse_group));
+  m.impl("topk_scale", TORCH_FN(wina::topk_scale));
   m.impl("sparse_gate_up", TORCH_FN(wina::sparse_gate_up));
 }

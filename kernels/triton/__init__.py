@@ -12,13 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from wina.kernels.triton.config import MAX_TOKENS
+from wina.kernels.triton.config import MAX_TOKENS, token_limit
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_TRITON = (3, 2)
 MIN_CAPABILITY = (8, 0)
 
-__all__ = ["DTYPES", "MAX_TOKENS", "load", "refuses_card"]
+__all__ = ["DTYPES", "MAX_TOKENS", "load", "refuses_card", "token_limit"]
 
 
 @cache

@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from wina.kernels import reference
-from wina.kernels.triton import gate_up, sparse_linear
+from wina.kernels.triton import gate_up, group, selection, sparse_linear
 from wina.kernels.triton.config import Launch, shipped
 
 TARGETS = (80, 86, 89, 90, 100)
@@ -40,6 +40,44 @@ _INTEGERS = {"int8": 8, "int4": 4}
 _WEIGHTS = ("w_ptr", "gate_ptr", "up_ptr")
 _SCALES = ("s_ptr", "gate_s_ptr", "up_s_ptr")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as it is compiled here.
+
+    Attributes:
+        function: the Triton function.
+        loops: loops over a weight in its binary, 0 for a kernel that reads none.
+        optional: pointers that a call may leave out.
+    """
+
+    function: Any
+    loops: int
+    optional: tuple[str, ...] = ()
+
+
+KERNELS = {
+    "sparse_linear": Kernel(
+        sparse_linear.sparse_linear_kernel, 1, ("bias_ptr", "scale_ptr", "residual_ptr")
+    ),
+    "sparse_gate_up": Kernel(
+        gate_up.gate_up_kernel,
+        2,
+        ("gate_bias_ptr", "up_bias_ptr", "gate_scale_ptr", "up_scale_ptr"),
+    ),
+    "sparse_group": Kernel(
+        group.sparse_group_kernel,
+        1,
+        tuple(f"{what}{slot}_ptr" for what in ("bias", "scale") for slot in range(group.SLOTS)),
+    ),
+    "add_splits": Kernel(sparse_linear.add_splits_kernel, 0, ("bias_ptr", "residual_ptr")),
+    "add_group_splits": Kernel(
+        group.add_group_splits_kernel, 0, tuple(f"bias{slot}_ptr" for slot in range(group.SLOTS))
+    ),
+    "topk_scale": Kernel(selection.topk_scale_kernel, 0),
+    "mean_scale": Kernel(selection.mean_scale_kernel, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -98,84 +136,82 @@ class Resources:
 
 
 def variants(thorough: bool) -> Iterator[Variant]:
-    """Every shipped configuration: with plain arguments, or all argument combinations."""
-    for weights in (None, *_INTEGERS):
-        for dtype in _POINTERS:
+    """Every shipped configuration with plain arguments; with ``thorough``, all arguments too.
+
+    Activations, which stand outside of the loop, take turns on one configuration of bfloat16.
+    """
+    for dtype in _POINTERS:
+        for weights in (None, *_INTEGERS):
             for many in (False, True):
-                yield from _variants_of(weights, dtype, many, thorough)
-    yield Variant("add_splits", "bfloat16", False, Launch(512, 1, 2, 1), extras=True, splits=8)
+                yield from _products(dtype, weights, many, thorough)
+        sums = Launch(
+            int(sparse_linear.ADD_SPLITS_BLOCK_N * _BYTES[dtype]),
+            1,
+            sparse_linear.ADD_SPLITS_WARPS,
+            1,
+        )
+        for kernel in ("add_splits", "add_group_splits"):
+            yield Variant(kernel, dtype, False, sums, extras=True, splits=8)
+        for channels in (576, 4096, selection.MAX_CHANNELS)[0 if thorough else 2 :]:
+            _, block, warps = selection.tile_of(channels)
+            for kernel in ("topk_scale", "mean_scale"):
+                yield Variant(kernel, dtype, True, Launch(0, block, warps, 1))
 
 
-def _variants_of(weights: str | None, dtype: str, many: bool, thorough: bool) -> Iterator[Variant]:
+def _products(dtype: str, weights: str | None, many: bool, thorough: bool) -> Iterator[Variant]:
     itemsize = _BYTES[weights or dtype]
     for launch in shipped("sparse_linear", many, itemsize):
-        plain = Variant("sparse_linear", dtype, many, launch, weights=weights)
-        yield plain
-        if thorough:
-            yield replace(plain, extras=True)
-            yield replace(plain, splits=4)
-    for launch in shipped("sparse_gate_up", many, itemsize):
+        for kernel in ("sparse_linear", "sparse_group")[: None if weights is None else 1]:
+            plain = Variant(kernel, dtype, many, launch, weights=weights)
+            yield plain
+            if thorough:
+                yield replace(plain, extras=True)
+                yield replace(plain, splits=4)
+    for i, launch in enumerate(shipped("sparse_gate_up", many, itemsize)):
         plain = Variant("sparse_gate_up", dtype, many, launch, weights=weights)
         yield plain
         if thorough:
-            for activation in reference.ACTIVATIONS:
+            every = dtype == "bfloat16" and weights is None and i == 0
+            for activation in list(reference.ACTIVATIONS)[: None if every else 1]:
                 yield replace(plain, extras=True, activation=activation)
 
 
 def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """Kernel, constants and the types of the other arguments."""
     pointer, launch = _POINTERS[variant.dtype], variant.launch
+    kernel = KERNELS[variant.kernel]
+    names = kernel.function.arg_names
     bits = _INTEGERS.get(variant.weights or "", 0)
-    stored = "*i32" if bits else pointer
-    sizes = {
+    constants: dict[str, Any] = {
         "ALIGN": variant.align,
         "K_ALIGN": variant.align,
+        "SPLITS": variant.splits,
+        "ACTIVATION": variant.activation,
         "BLOCK_T": launch.block_t(2 if variant.many else 1),
         "BLOCK_K": launch.block_k,
         "BLOCK_N": launch.block_n(variant.itemsize),
         "STAGES": launch.stages,
         "BITS": bits,
+        "BLOCK": launch.block_k,
     }
-    if variant.kernel == "add_splits":
-        kernel: Any = sparse_linear.add_splits_kernel
-        constants: dict[str, Any] = {
-            "ALIGN": variant.align,
-            "SPLITS": variant.splits,
-            "BLOCK_N": sparse_linear.ADD_SPLITS_BLOCK_N,
-        }
-        optional = ["bias_ptr", "residual_ptr"]
-    elif variant.kernel == "sparse_linear":
-        kernel = sparse_linear.sparse_linear_kernel
-        constants = {**sizes, "SPLITS": variant.splits}
-        optional = ["bias_ptr", "scale_ptr", "residual_ptr"]
-        if variant.splits == 1:
-            constants["partial_ptr"] = None
-    else:
-        kernel = gate_up.gate_up_kernel
-        constants = {**sizes, "ACTIVATION": variant.activation}
-        optional = ["gate_bias_ptr", "up_bias_ptr", "gate_scale_ptr", "up_scale_ptr"]
+    if variant.splits == 1:
+        constants["partial_ptr"] = None
     if not variant.extras:
-        constants.update(dict.fromkeys(optional))
+        constants.update(dict.fromkeys(kernel.optional))
     if not bits:
-        constants.update(dict.fromkeys(name for name in kernel.arg_names if name in _SCALES))
+        constants.update(dict.fromkeys(_SCALES))
+    constants = {name: value for name, value in constants.items() if name in names}
     types = {}
-    for name in kernel.arg_names:
+    for name in names:
         if name in constants:
             types[name] = "constexpr"
         elif name.endswith("_ptr"):
-            types[name] = _pointer_type(name, pointer, stored)
+            integer = name in _SCALES or (bits and name in _WEIGHTS)
+            float32 = re.search(r"(^|_)t\d?_ptr|scale|partial", name)
+            types[name] = "*i32" if integer else "*fp32" if float32 else pointer
         else:
             types[name] = "i32"
-    return kernel, constants, types
-
-
-def _pointer_type(name: str, pointer: str, stored: str) -> str:
-    if name in _WEIGHTS:
-        return stored
-    if name in _SCALES:
-        return "*i32"
-    float32 = any(word in name for word in ("t_ptr", "scale", "partial"))
-    return "*fp32" if float32 else pointer
+    return kernel.function, constants, types
 
 
 @cache
@@ -239,9 +275,8 @@ def unmasked_copies(ptx: str) -> int:
 def wide_weight_loads(variant: Variant) -> int:
     """16-byte loads of a thread if all weights are loaded so, prologue and loop."""
     launch = variant.launch
-    products = {"sparse_linear": 1, "sparse_gate_up": 2, "add_splits": 0}[variant.kernel]
     tile = launch.row_bytes * launch.block_k
-    return products * launch.stages * tile // (16 * 32 * launch.warps)
+    return KERNELS[variant.kernel].loops * launch.stages * tile // (16 * 32 * launch.warps)
 
 
 def _tool(name: str, cubin: bytes, *arguments: str) -> str:

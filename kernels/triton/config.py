@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).resolve().parent / "configs"
+# Tokens of a tensor-core tile: no launch takes more.
 MAX_TOKENS = 16
 # A tuned shape serves others whose K and N are within this factor of its own.
 NEAR = 1.5
@@ -86,12 +87,27 @@ def choose(kernel: str, card: Card, tokens: int, K: int, N: int, itemsize: float
         itemsize: bytes of one weight: 2 or 4 in x's dtype, 1 and 0.5 as 8 and 4 bits.
     """
     many = tokens > 1
-    tuned = _nearest(_device_table(card.name), kernel, many, K, N, itemsize)
+    tuned = _nearest(_device_table(card.name).get("shapes", []), kernel, many, K, N, itemsize)
     return tuned or _by_rule(kernel, card.sms, many, K, N, itemsize)
 
 
+@dataclass(frozen=True)
+class Limit:
+    """Up to how many tokens kernels serve; ``measured`` on the card, or reasoned."""
+
+    tokens: int
+    measured: bool
+
+
+def token_limit(device: str) -> Limit:
+    """The break-even with a dense product on the card of that name."""
+    measured = _device_table(device).get("max_tokens")
+    tokens = _default_table()["max_tokens"] if measured is None else measured
+    return Limit(min(MAX_TOKENS, tokens), measured is not None)
+
+
 def _by_rule(kernel: str, sms: int, many: bool, K: int, N: int, itemsize: float) -> Launch:
-    for rule in _default_table()[_class_of(kernel, many, itemsize)]:
+    for rule in _default_table()["rules"][_class_of(kernel, many, itemsize)]:
         launch = Launch(**rule["launch"])
         tiles = -(-N // launch.block_n(itemsize))
         if tiles < rule["tiles_per_sm"] * sms:
@@ -105,7 +121,8 @@ def _by_rule(kernel: str, sms: int, many: bool, K: int, N: int, itemsize: float)
 
 def shipped(kernel: str, many: bool, itemsize: float) -> list[Launch]:
     """Every configuration that the tables can give, K splits aside."""
-    found = [Launch(**r["launch"]) for r in _default_table()[_class_of(kernel, many, itemsize)]]
+    rules = _default_table()["rules"][_class_of(kernel, many, itemsize)]
+    found = [Launch(**rule["launch"]) for rule in rules]
     for path in sorted(FOLDER.glob("*.json")):
         tuned = json.loads(path.read_text()).get("shapes", [])
         found += [
@@ -118,16 +135,21 @@ def shipped(kernel: str, many: bool, itemsize: float) -> list[Launch]:
 
 def kernels() -> list[str]:
     """Kernels that have configurations."""
-    return sorted({name.split("/")[0] for name in _default_table()})
+    return sorted({name.split("/")[0] for name in _default_table()["rules"]})
 
 
-def save_tuned(card: Card, rows: list[dict[str, Any]], folder: Path = FOLDER) -> Path:
-    """Write tuned shapes {kernel, many, itemsize, K, N, launch} as the device's table."""
+def save_tuned(
+    card: Card, rows: list[dict[str, Any]], max_tokens: int, folder: Path = FOLDER
+) -> Path:
+    """Write the device's table: tuned shapes {kernel, many, itemsize, K, N, launch}, and up to how
+    many tokens kernels beat a dense product there.
+    """
     for row in rows:
         if set(row) != {"kernel", "many", "itemsize", "K", "N", "launch"}:
             raise ValueError(f"not a tuned shape: {row}")
     path = folder / f"{_file_stem(card.name)}.json"
-    path.write_text(json.dumps({"device": card.name, "shapes": rows}, indent=1) + "\n")
+    table = {"device": card.name, "max_tokens": max_tokens, "shapes": rows}
+    path.write_text(json.dumps(table, indent=1) + "\n")
     return path
 
 
@@ -142,15 +164,13 @@ def _class_of(kernel: str, many: bool, itemsize: float) -> str:
 
 
 @cache
-def _default_table() -> dict[str, list[dict[str, Any]]]:
-    table: dict[str, list[dict[str, Any]]] = json.loads((FOLDER / "default.json").read_text())[
-        "rules"
-    ]
+def _default_table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads((FOLDER / "default.json").read_text())
     return table
 
 
 @cache
-def _device_table(device: str) -> list[dict[str, Any]]:
+def _device_table(device: str) -> dict[str, Any]:
     path = FOLDER / f"{_file_stem(device)}.json"
     if not path.is_file():
         _log.warning(
@@ -158,9 +178,9 @@ def _device_table(device: str) -> list[dict[str, Any]]:
             "`wina bench tune` makes them",
             device,
         )
-        return []
-    shapes: list[dict[str, Any]] = json.loads(path.read_text())["shapes"]
-    return shapes
+        return {}
+    table: dict[str, Any] = json.loads(path.read_text())
+    return table
 
 
 def _file_stem(device: str) -> str:

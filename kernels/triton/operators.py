@@ -8,6 +8,7 @@ call, which compiles the kernel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 from wina.kernels import ops
 from wina.kernels.ops import Arguments
 from wina.kernels.quantization import QuantizedWeight
-from wina.kernels.triton import DTYPES, gate_up, sparse_linear
-from wina.kernels.triton.config import MAX_TOKENS, card_of, choose
+from wina.kernels.triton import DTYPES, gate_up, group, selection, sparse_linear
+from wina.kernels.triton.config import card_of, choose, token_limit
 
 
 @cache
@@ -31,16 +32,25 @@ def register() -> None:
     ops.register(
         "sparse_gate_up_quantized", "CUDA", _gate_up_quantized, lambda a: has_kernel(a.x, a.gate)
     )
+    ops.register("sparse_group", "CUDA", _sparse_group, lambda a: has_kernel(a.x, *a.weights))
+    ops.register("topk_scale", "CUDA", _topk_scale, lambda a: has_selection(a.x))
+    ops.register("mean_scale", "CUDA", _mean_scale, lambda a: has_selection(a.x))
 
 
 def has_kernel(x: Tensor, *weights: Tensor) -> bool:
     """Whether a call of checked arguments has a kernel; x [..., K], weights [K, N]."""
     tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
     return (
-        0 < tokens <= MAX_TOKENS
+        tokens > 0
         and x.dtype in DTYPES
         and all(w.shape[1] > 0 and w.stride(1) == 1 for w in weights)
+        and tokens <= token_limit(card_of(x.device).name).tokens
     )
+
+
+def has_selection(x: Tensor) -> bool:
+    """Whether the tokens of x [..., K] have a kernel that finds their scale."""
+    return x.numel() > 0 and x.dtype in DTYPES and x.shape[-1] <= selection.MAX_CHANNELS
 
 
 def _sparse_linear(a: Arguments) -> Tensor:
@@ -49,7 +59,7 @@ def _sparse_linear(a: Arguments) -> Tensor:
     with torch.cuda.device(a.x.device):
         y = sparse_linear.launch(
             flat, a.weight, a.threshold.contiguous(), _contiguous(a.bias), _per_token(a.scale),
-            config,
+            config, None if a.residual is None else _tokens(a.residual),
         )  # fmt: skip
     return y.view(*a.x.shape[:-1], N)
 
@@ -94,6 +104,53 @@ def _gate_up_quantized(a: Arguments) -> Tensor:
             _per_token(a.gate_scale), _per_token(a.up_scale), config,
         )  # fmt: skip
     return h.view(*a.x.shape[:-1], a.columns)
+
+
+def _sparse_group(a: Arguments) -> list[Tensor]:
+    flat, K = _tokens(a.x), a.x.shape[-1]
+    columns = [w.shape[1] for w in a.weights]
+    thresholds = [t.contiguous() for t in a.thresholds]
+    biases = _all_or_none(a.biases, columns, 0.0, a.x.dtype)
+    scales = _all_or_none(
+        [_per_token(scale) for scale in a.scales], [len(flat)] * len(columns), 1.0, torch.float32
+    )
+    ys: list[Tensor] = []
+    for first in range(0, len(columns), group.SLOTS):
+        part = slice(first, first + group.SLOTS)
+        # All the columns together are to the launch what one weight's are.
+        config = choose("sparse_linear", card_of(a.x.device), len(flat), K, sum(columns[part]),
+                        a.x.itemsize)  # fmt: skip
+        with torch.cuda.device(a.x.device):
+            ys += group.launch(
+                flat, a.weights[part], thresholds[part], biases and biases[part],
+                scales and scales[part], config,
+            )  # fmt: skip
+    return [y.view(*a.x.shape[:-1], y.shape[1]) for y in ys]
+
+
+def _all_or_none(
+    given: Sequence[Tensor | None], sizes: Sequence[int], neutral: float, dtype: torch.dtype
+) -> list[Tensor] | None:
+    """None where none is given; where some are, a neutral vector stands for a missing one."""
+    device = next((one.device for one in given if one is not None), None)
+    if device is None:
+        return None
+    return [
+        torch.full((n,), neutral, dtype=dtype, device=device) if one is None else one.contiguous()
+        for one, n in zip(given, sizes, strict=True)
+    ]
+
+
+def _topk_scale(a: Arguments) -> Tensor:
+    with torch.cuda.device(a.x.device):
+        scale = selection.launch_topk(_tokens(a.x), a.threshold.contiguous(), a.dropped)
+    return scale.view(a.x.shape[:-1])
+
+
+def _mean_scale(a: Arguments) -> Tensor:
+    with torch.cuda.device(a.x.device):
+        scale = selection.launch_mean(_tokens(a.x))
+    return scale.view(a.x.shape[:-1])
 
 
 def _tokens(x: Tensor) -> Tensor:

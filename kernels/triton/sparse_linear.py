@@ -17,6 +17,61 @@ from wina.kernels.triton.operand import operand
 from wina.kernels.triton.tile import product, row_stride, tile_columns, with_bias
 
 
+@triton.jit
+def column_tile(
+    x_ptr, w_ptr, s_ptr, t_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, partial_ptr,
+    T, K, N, stride_k, stride_s, tile, blocks, width, offset,
+    SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """One column tile of y [T, N], or of this split's float32 partial sums.
+
+    Partial sums are [SPLITS, T, width], this weight's columns from ``offset`` on.
+    """
+    cols = tile_columns(tile, BLOCK_N, BITS)
+    in_row = cols < N
+    split = tl.program_id(1)
+    rows = blocks * BLOCK_K
+    first = split * rows
+    last = tl.minimum(first + rows, K)
+    acc = product(
+        x_ptr, w_ptr, s_ptr, t_ptr, scale_ptr, T, K, first, last, stride_k, stride_s, tile, cols,
+        in_row, BLOCK_T, BLOCK_K, BLOCK_N, STAGES, BITS,
+    )  # fmt: skip
+    tokens = tl.arange(0, BLOCK_T)
+    mask = (tokens < T)[:, None] & in_row[None, :]
+    if SPLITS == 1:
+        at = tokens[:, None] * N + cols[None, :]
+        acc = with_bias(acc, bias_ptr, cols, in_row)
+        if residual_ptr is not None:
+            acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        at = (split * T + tokens[:, None]) * width + offset + cols[None, :]
+        tl.store(partial_ptr + at, acc, mask=mask)
+
+
+@triton.jit
+def added_tile(
+    partial_ptr, bias_ptr, residual_ptr, y_ptr, T, N, tile, width, offset,
+    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One column tile of a token's y: Σ partial sums in order of the split (+ bias, residual)."""
+    cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_row = cols < N
+    token = tl.program_id(1)
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        at = (split * T + token) * width + offset + cols
+        acc += tl.load(partial_ptr + at, mask=in_row, other=0.0)
+    at = token * N + cols
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + at, mask=in_row, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=in_row)
+
+
 @triton.jit(do_not_specialize=["T", "k_units", "n_units", "stride_units", "stride_s", "blocks"])
 def sparse_linear_kernel(
     x_ptr, w_ptr, s_ptr, t_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, partial_ptr,
@@ -26,30 +81,12 @@ def sparse_linear_kernel(
     BITS: tl.constexpr,
 ):  # fmt: skip
     """Program (column tile, split): y, or the split's float32 partial sums [SPLITS, T, N]."""
-    K = k_units * K_ALIGN
     N = n_units * ALIGN
-    tile = tl.program_id(0)
-    cols = tile_columns(tile, BLOCK_N, BITS)
-    in_row = cols < N
-    split = tl.program_id(1)
-    rows = blocks * BLOCK_K
-    first = split * rows
-    last = tl.minimum(first + rows, K)
-    acc = product(
-        x_ptr, w_ptr, s_ptr, t_ptr, scale_ptr, T, K, first, last,
-        row_stride(stride_units, ALIGN, BITS), stride_s, tile, cols, in_row,
-        BLOCK_T, BLOCK_K, BLOCK_N, STAGES, BITS,
+    column_tile(
+        x_ptr, w_ptr, s_ptr, t_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, partial_ptr,
+        T, k_units * K_ALIGN, N, row_stride(stride_units, ALIGN, BITS), stride_s,
+        tl.program_id(0), blocks, N, 0, SPLITS, BLOCK_T, BLOCK_K, BLOCK_N, STAGES, BITS,
     )  # fmt: skip
-    tokens = tl.arange(0, BLOCK_T)
-    at = tokens[:, None] * N + cols[None, :]
-    mask = (tokens < T)[:, None] & in_row[None, :]
-    if SPLITS == 1:
-        acc = with_bias(acc, bias_ptr, cols, in_row)
-        if residual_ptr is not None:
-            acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.store(partial_ptr + split * T * N + at, acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "n_units"])
@@ -59,18 +96,9 @@ def add_splits_kernel(
 ):  # fmt: skip
     """Program (column tile, token): y = Σ partial sums in order of the split (+ bias, residual)."""
     N = n_units * ALIGN
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_row = cols < N
-    token = tl.program_id(1)
-    at = token * N + cols
-    acc = tl.zeros((BLOCK_N,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        acc += tl.load(partial_ptr + split * T * N + at, mask=in_row, other=0.0)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + at, mask=in_row, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=in_row)
+    added_tile(
+        partial_ptr, bias_ptr, residual_ptr, y_ptr, T, N, tl.program_id(0), N, 0, SPLITS, BLOCK_N
+    )
 
 
 ADD_SPLITS_BLOCK_N = 256

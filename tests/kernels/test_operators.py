@@ -53,6 +53,52 @@ def test_sparse_linear_tokens(
     assert_equal_up_to_rounding(got, want, x, weight)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 3, 150])
+def test_residual_is_added_before_the_one_rounding(backend, T: int, dtype: torch.dtype) -> None:
+    x, weight, threshold = case(T, 192, 101, dtype, 0.5)
+    bias, residual = torch.randn(101).to(dtype), (100 * torch.randn(T, 101)).to(dtype)
+    got = backend.sparse_linear(x, weight, threshold, bias, None, residual)
+    want = exact(x, weight, threshold, bias, None, residual)
+    if backend.name == "reference":  # its product has been rounded before
+        product = exact(x, weight, threshold, bias)
+        allowed = torch.finfo(dtype).eps * (want.abs() + product.abs()) + 1e-3
+        assert ((got.double() - want).abs() <= allowed).all()
+    else:
+        assert_equal_up_to_rounding(got, want, x, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 5, 150])
+def test_sparse_group_is_sparse_linear_of_each_weight(T: int, dtype: torch.dtype) -> None:
+    assert cpu.load() is None
+    x = case(T, 96, 1, dtype, 0.5)[0]
+    parts = [case(T, 96, N, dtype, s)[1:] for N, s in ((64, 0.5), (1, 0.9), (33, 0.0))]
+    weights, thresholds = [w for w, _ in parts], [t for _, t in parts]
+    biases = [torch.randn(64).to(dtype), None, torch.randn(33).to(dtype)]
+    scales = [None, torch.rand(T), torch.rand(T)]
+    ys = ops.sparse_group(x, weights, thresholds, biases, scales)
+    defined = reference.sparse_group(x, weights, thresholds, biases, scales)
+    for i, one in enumerate(zip(weights, thresholds, biases, scales, strict=True)):
+        assert torch.equal(ys[i], ops.sparse_linear(x, *one))
+        assert_equal_up_to_rounding(defined[i], exact(x, *one), x, one[0])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("K", [2, 63, 576, 4097])
+@pytest.mark.parametrize("levels", [2, 1000], ids=["ties", "few ties"])
+def test_native_topk_scale_is_exactly_the_definitions(
+    K: int, levels: int, dtype: torch.dtype
+) -> None:
+    assert cpu.load() is None
+    x = ((torch.randn(3, 2, K) * levels).round() / levels).to(dtype)
+    x[0, 0, 0], x[1, 1, K // 2] = torch.nan, -torch.inf
+    for threshold in (torch.ones(K), 1 / torch.rand(K), torch.randn(K)):
+        for dropped in {1, max(1, K // 2), K - 1}:
+            want = reference.topk_scale(x, threshold, dropped)
+            assert torch.equal(ops.topk_scale(x, threshold, dropped), want)
+
+
 def test_threshold_minus_one_keeps_all_and_inf_drops(backend) -> None:
     x, weight, _ = case(1, 64, 32, torch.float32, 0)
     all_kept = backend.sparse_linear(x, weight, torch.full((64,), -1.0))
@@ -234,7 +280,14 @@ def test_opcheck(loaded: bool, extras: bool) -> None:
     x, weight = torch.randn(3, 32, dtype=dtype), torch.randn(32, 24, dtype=dtype)
     threshold = torch.full((32,), 0.5)
     bias, scale = (torch.randn(24, dtype=dtype), torch.rand(3)) if extras else (None, None)
-    torch.library.opcheck(ops.sparse_linear, (x, weight, threshold, bias, scale))
+    residual = torch.randn(3, 24, dtype=dtype) if extras else None
+    torch.library.opcheck(ops.sparse_linear, (x, weight, threshold, bias, scale, residual))
+    torch.library.opcheck(
+        ops.sparse_group,
+        (x, [weight, weight[:, :5].contiguous()], [threshold] * 2, [bias, None], [None, scale]),
+    )
+    torch.library.opcheck(ops.topk_scale, (x, threshold, 7))
+    torch.library.opcheck(ops.mean_scale, (x,))
     up = torch.randn(32, 24, dtype=dtype)
     torch.library.opcheck(
         ops.sparse_gate_up,
@@ -250,6 +303,8 @@ def test_opcheck(loaded: bool, extras: bool) -> None:
         ({"threshold": torch.zeros(7)}, "threshold"),
         ({"threshold": torch.zeros(8).double()}, "threshold"),
         ({"bias": torch.zeros(3)}, "bias|size"),
+        ({"residual": torch.zeros(1, 3)}, "residual"),
+        ({"residual": torch.zeros(1, 4).half()}, "residual"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, Tensor], message: str) -> None:
@@ -257,6 +312,27 @@ def test_wrong_arguments_are_named(change: dict[str, Tensor], message: str) -> N
     arguments = {"x": torch.randn(1, 8), "weight": torch.randn(8, 4), "threshold": torch.zeros(8)}
     with pytest.raises(RuntimeError, match=message):
         ops.sparse_linear(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("call", ["native", "definition"])
+def test_wrong_groups_and_ranks_are_named(call: str) -> None:
+    assert cpu.load() is None
+    group, topk = ops.sparse_group, ops.topk_scale
+    if call == "definition":
+        group, topk = (
+            ops.OPERATORS[name].implementation(lambda a: a, lambda _: True)
+            for name in ("sparse_group", "topk_scale")
+        )
+    x, weight, threshold = case(1, 8, 4, torch.float32, 0.5)
+    with pytest.raises(RuntimeError, match="one threshold, bias and scale"):
+        group(x, [weight, weight], [threshold], [None, None], [None, None])
+    with pytest.raises(RuntimeError, match="threshold"):
+        group(x, [weight], [threshold[1:]], [None], [None])
+    for dropped in (0, 8):
+        with pytest.raises(RuntimeError, match=r"dropped must be in \[1, 7\]"):
+            topk(x, threshold, dropped)
+    with pytest.raises(RuntimeError, match="threshold"):
+        topk(x, threshold[1:], 3)
 
 
 def test_unknown_activation_lists_the_known_ones() -> None:

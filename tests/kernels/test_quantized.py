@@ -49,7 +49,7 @@ def check(
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weights", FORMATS)
-@pytest.mark.parametrize("T", [1, 2, 3, 5, 8, 16, 17, 33, 40])
+@pytest.mark.parametrize("T", [1, 2, 3, 5, 16, 17, 40])
 @pytest.mark.parametrize(("K", "N"), [(1, 1), (63, 193), (576, 63), (100, 1000)])
 def test_shapes(which: str, K: int, N: int, T: int, weights: str, dtype: torch.dtype) -> None:
     check(which, T, K, N, weights, dtype, extras=T % 2 == 1)
@@ -107,7 +107,7 @@ def test_leading_dimensions_and_float64(which: str) -> None:
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
-@pytest.mark.parametrize("T", [1, 5, 40])
+@pytest.mark.parametrize("T", [1, 40])
 def test_gate_up(which: str, T: int, activation: str, dtype: torch.dtype, weights: str) -> None:
     x, gate, gate_threshold = case(T, 192, 201, dtype, 0.5)
     _, up, up_threshold = case(T, 192, 201, dtype, 0.4, seed=1)
@@ -188,11 +188,9 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str, native:
     names = ("packed", "scales", "columns", "bits")
     arguments = {"x": torch.randn(1, 8), **dict(zip(names, fields(w), strict=True))}
     arguments |= {"threshold": torch.zeros(8), **change}
+    call = linear(NATIVE) if native else OPERATORS["sparse_linear_quantized"].fake
     with pytest.raises(RuntimeError, match=message):
-        if native:
-            linear(NATIVE)(**arguments)
-        else:
-            OPERATORS["sparse_linear_quantized"].fake(**arguments)
+        call(**arguments)
 
 
 @given(

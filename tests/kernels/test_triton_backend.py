@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from wina.errors import ConfigError
-from wina.kernels import triton
+from wina.kernels import ops, triton
 from wina.kernels.dispatch import LayerSpec, choose
 from wina.kernels.triton import config
 from wina.kernels.triton.config import Card, Launch
@@ -48,7 +48,9 @@ def test_a_usable_card_is_served_and_others_say_why(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert choose(CUDA).backend.name == "triton"
-    assert choose(CUDA).reason == "fastest here; masked dense above 16 tokens"
+    assert choose(CUDA).reason == (
+        "fastest here; masked dense above 16 tokens (reasoned, not measured)"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     choice = choose(CUDA)
     assert choice.backend.name == "reference"
@@ -73,7 +75,7 @@ def test_missing_or_old_triton(
 
 def test_loading_registers_for_cuda() -> None:
     assert triton.load() is None
-    for operator in ("sparse_linear", "sparse_gate_up"):
+    for operator in ops.OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"wina::{operator}", "CUDA")
 
 
@@ -101,9 +103,10 @@ def test_tuned_shapes_come_first_for_their_neighbours(tables: Path) -> None:
     tuned = Launch(128, 128, 8, 4, 2)
     row = {"kernel": "sparse_linear", "many": False, "itemsize": 2, "K": 4096, "N": 4096}
     path = config.save_tuned(
-        H100, [{**row, "launch": config.launch_fields(tuned)}], tables
+        H100, [{**row, "launch": config.launch_fields(tuned)}], 8, tables
     )  # fmt: skip
     assert path.name == "nvidia-h100-80gb-hbm3.json"
+    assert config.token_limit(H100.name) == config.Limit(8, measured=True)
     assert json.loads(path.read_text())["device"] == H100.name
     assert config.choose("sparse_linear", H100, 1, 4096, 4096, 2) == tuned
     assert config.choose("sparse_linear", H100, 1, 3584, 5120, 2) == tuned

@@ -10,11 +10,12 @@ from wina.kernels.triton import compiled
 from wina.kernels.triton.compiled import TARGETS, Variant, compile_variant, variants
 from wina.kernels.triton.config import Launch
 
-QUICK = [(v, cc) for v in variants(thorough=False) if v.dtype != "float16" for cc in (80, 90)] + [
+QUICK = [
     (v, cc)
     for v in variants(thorough=False)
-    if (v.kernel, v.dtype) == ("sparse_linear", "bfloat16")
-    for cc in (86, 89, 100)
+    for cc in TARGETS
+    if (v.dtype == "bfloat16" and (cc in (80, 90) or v.kernel == "sparse_linear"))
+    or (v.dtype == "float32" and cc == 90)
 ]
 ALL = [(v, cc) for v in variants(thorough=True) for cc in TARGETS]
 
@@ -25,9 +26,12 @@ def ids(pairs: list[tuple[Variant, int]]) -> list[str]:
 
 def check(variant: Variant, target: int) -> None:
     use = compile_variant(variant, target)
-    assert use.spilled == 0, "spills registers to local memory"
+    # The widest selection issues all its loads at once, before its loop, and runs once a token.
+    widest = variant.kernel == "topk_scale" and variant.launch.block_k > 16384
+    assert use.spilled <= 256 * widest, "spills registers to local memory"
     assert use.shared <= compiled.SHARED_PER_BLOCK[target]
-    assert use.resident >= 2, "one program cannot hide its own barriers"
+    if compiled.KERNELS[variant.kernel].loops:
+        assert use.resident >= 2, "one program cannot hide its own barriers"
     assert use.unmasked == 0, "reads rows that no token keeps"
     assert use.loads.get(16, 0) >= compiled.wide_weight_loads(variant), (
         f"weight loads are narrower than 16 bytes a thread: {use.loads}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from wina.kernels import ops
 from wina.selectors.base import SELECTORS, Selector
 
 
@@ -18,4 +18,4 @@ class Relative(Selector):
 
     def scale(self, x: Tensor, threshold: Tensor, sparsity: float) -> Tensor | None:
         """mean_j |x_j| of every token, in float32."""
-        return x.abs().mean(dim=-1, dtype=torch.float32)
+        return ops.mean_scale(x)

@@ -40,17 +40,17 @@ def check(
     assert_equal_up_to_rounding(got, want, x, full_scale(packed))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("T", [1, 3])
-@pytest.mark.parametrize(("K", "N"), [(1, 1), (63, 63), (1, 576), (130, 400), (300, 193)])
+@pytest.mark.parametrize(("K", "N"), [(1, 1), (63, 63), (130, 400), (300, 193)])
 def test_shapes(K: int, N: int, T: int, weights: str, dtype: torch.dtype) -> None:
     check(T, K, N, weights, dtype, launch=config(weights, k_splits=3))
 
 
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("sparsity", [0, 0.99, 1])
-@pytest.mark.parametrize("T", [1, 2, 16])
+@pytest.mark.parametrize("T", [1, 16])
 def test_sparsity(T: int, sparsity: float, weights: str) -> None:
     check(T, 200, 140, weights, torch.bfloat16, sparsity, extras=True)
 
@@ -128,7 +128,7 @@ def assert_close_gated(
     splits=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_random_calls(T, K, N, weights, sparsity, dtype, extras, splits, seed) -> None:
     launch = Launch(ROW_BYTES[weights], 32, 4, 2, splits)
     check(T, K, N, weights, dtype, sparsity, extras, launch, seed)

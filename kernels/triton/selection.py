@@ -1,0 +1,88 @@
+"""topk_scale and mean_scale: a token's factor of its thresholds, one program a token, no sort.
+
+A float's bits, once those of negative numbers are turned over, are ordered as integers like the
+floats themselves. So the score of any rank is found bit by bit, highest first, counting each time
+how many scores lie below: 32 counts of values that stay in registers, exact, whatever the scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+# Channels that a program holds in registers.
+MAX_CHANNELS = 32768
+_CHANNELS_PER_WARP = 1024
+_MAX_WARPS = 32
+
+
+@triton.jit
+def turned(bits):
+    """Bits of a float32 ↔ an int32 in the floats' order; its own inverse."""
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit(do_not_specialize=["k_units", "dropped"])
+def topk_scale_kernel(
+    x_ptr, t_ptr, scale_ptr, k_units, dropped, K_ALIGN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Program (token): half way between the ``dropped``-th smallest score and the next one."""
+    K = k_units * K_ALIGN
+    token = tl.program_id(0)
+    ks = tl.arange(0, BLOCK)
+    inside = ks < K
+    x = tl.load(x_ptr + token.to(tl.int64) * K + ks, mask=inside, other=0.0).to(tl.float32)
+    score = tl.div_rn(tl.abs(x), tl.load(t_ptr + ks, mask=inside, other=1.0))
+    score = tl.where(score == score, score, float("inf"))
+    keys = tl.where(inside, turned(score.to(tl.int32, bitcast=True)), 0x7FFFFFFF)
+    # The largest number below which at most dropped − 1 keys lie is the dropped-th smallest key.
+    below_zero = tl.sum((keys < 0).to(tl.int32), axis=0)
+    lower = tl.where(below_zero < dropped, 0, -2147483648)
+    for i in range(31):
+        candidate = lower + (tl.full((), 1, tl.int32) << (30 - i))
+        below = tl.sum((keys < candidate).to(tl.int32), axis=0)
+        lower = tl.where(below < dropped, candidate, lower)
+    up_to = tl.sum((keys <= lower).to(tl.int32), axis=0)
+    above = tl.min(tl.where(keys > lower, keys, 0x7FFFFFFF), axis=0)
+    upper = tl.where(up_to > dropped, lower, above)
+    ends = turned(lower).to(tl.float32, bitcast=True) + turned(upper).to(tl.float32, bitcast=True)
+    tl.store(scale_ptr + token, ends * 0.5)
+
+
+@triton.jit(do_not_specialize=["k_units"])
+def mean_scale_kernel(x_ptr, scale_ptr, k_units, K_ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (token): mean_j |x_j|."""
+    K = k_units * K_ALIGN
+    token = tl.program_id(0)
+    ks = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + token.to(tl.int64) * K + ks, mask=ks < K, other=0.0).to(tl.float32)
+    tl.store(scale_ptr + token, tl.div_rn(tl.sum(tl.abs(x), axis=0), K.to(tl.float32)))
+
+
+def launch_topk(x: Tensor, threshold: Tensor, dropped: int) -> Tensor:
+    """[T] float32: the cut-offs of x [T, K], contiguous, by scores |x|/threshold [K]."""
+    T, K = x.shape
+    scale = torch.empty(T, dtype=torch.float32, device=x.device)
+    align, block, warps = tile_of(K)
+    topk_scale_kernel[(T,)](
+        x, threshold, scale, K // align, dropped, K_ALIGN=align, BLOCK=block, num_warps=warps
+    )
+    return scale
+
+
+def launch_mean(x: Tensor) -> Tensor:
+    """[T] float32: the mean magnitudes of x [T, K], contiguous."""
+    T, K = x.shape
+    scale = torch.empty(T, dtype=torch.float32, device=x.device)
+    align, block, warps = tile_of(K)
+    mean_scale_kernel[(T,)](x, scale, K // align, K_ALIGN=align, BLOCK=block, num_warps=warps)
+    return scale
+
+
+def tile_of(K: int) -> tuple[int, int, int]:
+    """(alignment of a row, its channels rounded up to a power of two, warps)."""
+    block = triton.next_power_of_2(K)
+    return 16 if K % 16 == 0 else 1, block, max(1, min(_MAX_WARPS, block // _CHANNELS_PER_WARP))
