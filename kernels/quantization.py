@@ -193,7 +193,7 @@ def _unpack(packed: Tensor, groups: int, bits: int) -> Tensor:
     """Bytes [k, row bytes] → integers [k, groups, GROUP], float32 (padding included)."""
     if format_of(bits).bits == 8:
         row = F.pad(packed, (0, groups * GROUP - packed.shape[1]))
-        return row.view(-1, groups, GROUP).to(torch.float32)
+        return row.view(len(row), groups, GROUP).to(torch.float32)
     words = packed.view(torch.uint8).unflatten(1, (groups, GROUP // 8, 4)).transpose(-1, -2)
     halves = torch.stack((words & 15, words >> 4), dim=-2)
     return halves.flatten(2).to(torch.float32).sub_(8.0)
