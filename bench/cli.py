@@ -121,6 +121,8 @@ def roofline_command(
     Reads a config, never weights: 70B and mixture-of-experts models work on paper.
     """
     from wina.bench.devices import device_for
+    from wina.bench.operators import DTYPES
+    from wina.bench.rates import measured_device
     from wina.bench.roofline import ITEMSIZE, Load, overhead_for, roofline
     from wina.bench.runs import document
     from wina.bench.shapes import load_config
@@ -131,7 +133,10 @@ def roofline_command(
     if dtype not in ITEMSIZE:
         raise WinaError(f"unknown dtype {dtype!r}. Known: {', '.join(ITEMSIZE)}.")
     structure = structure_of(meta_model(load_config(model, trust_remote_code)))
-    card = device_for(device, bandwidth, FULL.cold_bytes)
+    if device == "cpu" and bandwidth is None and dtype in DTYPES:
+        card = measured_device(structure, dtype, "cpu", FULL)
+    else:
+        card = device_for(device, bandwidth, FULL.cold_bytes)
     load = Load(
         batch=batch, context=context, itemsize=ITEMSIZE[dtype],
         cache_itemsize=max(2.0, ITEMSIZE[dtype]), rotation=rotation, rank=rank, bias=bias,
@@ -146,7 +151,8 @@ def roofline_command(
     run = document(
         "roofline",
         f"{name}, {dtype}, batch {batch}, context {context}: roofline on {card.name} "
-        f"({card.bandwidth_gb_s:,.0f} GB/s, {card.source})",
+        f"({card.bandwidth_gb_s:,.0f} GB/s, {card.source}; dense products reach "
+        f"{card.dense_share:.0%} of it, sparse ones {card.sparse_share:.0%})",
         rows,
         {"dtype": dtype, "rotation": rotation, "rank": rank, "bias": bias,
          "efficiency": efficiency, "overhead_ms": overhead * 1e3},
@@ -184,6 +190,7 @@ def decode_command(
         str, typer.Option(help="By commas; 0 times our own dense kernel.")
     ] = "0.5",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     batch: Annotated[str, typer.Option(help="Sequences at once, by commas.")] = "1",
     context: Annotated[str, typer.Option(help="Tokens of the prompts, by commas.")] = "16",
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 48,
@@ -208,6 +215,8 @@ def decode_command(
 
     if (model is None) == (shape is None):
         raise WinaError("pass either --model or --shape")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise WinaError("device 'cuda' was asked for, but torch sees no GPU")
     sweep = Sweep(
         integers(batch), integers(context), new_tokens,
         ("eager", "compiled") if compiled else ("eager",),
@@ -226,6 +235,7 @@ def decode_command(
     else:
         assert model is not None
         loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    loaded = loaded.to(device)
     effort = _effort(quick, rounds if quick else rounds or 6)
     neighbours = Neighbours()
     rows = bench_decode(loaded, plans, sweep, tokenizer, texts, effort)
@@ -236,7 +246,7 @@ def decode_command(
     warnings += neighbours.warnings()
     name = shape or Path(resolve_model(str(model))).name
     run = _document(
-        "decode", f"{name}, {dtype}: greedy decode", rows, vars(sweep), warnings, effort,
+        "decode", f"{name}, {dtype}, {device}: greedy decode", rows, vars(sweep), warnings, effort,
         model=name, other_cores=neighbours.cores,
     )  # fmt: skip
     _finish(run, picture, output, compare, against)

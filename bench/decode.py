@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from wina.api import sparsify
-from wina.bench.devices import Device, measured_bandwidth
 from wina.bench.generation import (
     ENGINES,
     Engine,
@@ -24,6 +23,7 @@ from wina.bench.generation import (
     peak_memory,
 )
 from wina.bench.operators import DTYPES
+from wina.bench.rates import measured_device
 from wina.bench.roofline import Load, byte_ideal, cost, overhead_for
 from wina.bench.shapes import shape_config
 from wina.bench.structure import Structure, structure_of
@@ -144,10 +144,11 @@ def bench_decode(
         Dense rows, then sparse ones, of {engine, method, sparsity, realised, dtype, batch,
         context, new_tokens, threads, first_token_ms, prefill_tokens_per_s, prefill_vs_dense,
         tokens_per_s, ms_per_step, ms_p50, ms_p95, speedup_vs_dense, speedup_vs_best_dense,
-        speedup_vs_own_dense, byte_ideal, predicted_speedup, low, high, disagreement, rounds,
+        speedup_vs_own_dense, byte_ideal, predicted_speedup, low, high, uncertainty, rounds,
         verdict, spread, weights_gib, working_gib, memory_gib, peak_gib}. ``byte_ideal`` is dense
         bytes over the bytes that the sparse model reads at the sparsity realised in this very
-        run; ``predicted_speedup`` adds the time of dense decode that bytes do not explain.
+        run; ``predicted_speedup`` comes from the rates that single operators reach, measured
+        before, and adds the time of dense decode that they do not explain.
     """
     bench = _Bench(model, sweep, effort, tokenizer, show_progress)
     patched = copy.deepcopy(model)
@@ -179,7 +180,9 @@ class _Bench:
         self.prompts = {
             load: prompts_for(model, tokenizer, *load).to(self.device) for load in sweep.loads()
         }
-        self.memory = Device("here", measured_bandwidth(effort.cold_bytes), None, "plain read")
+        self.memory = measured_device(
+            self.structure, self.dtype, self.device.type, effort, show_progress
+        )
         self.dense: dict[tuple[str, tuple[int, int]], _Runs] = {}
         self.sparse_rows: list[dict[str, Any]] = []
 

@@ -23,12 +23,16 @@ class Device:
         tflops: peak of dense 16-bit products with 32-bit sums, 10¹² floating-point operations per
             second; None where only bytes are to count.
         source: where the numbers come from.
+        dense_share, sparse_share: shares of the bandwidth that dense products, and sparse ones on
+            the bytes they keep, reach.
     """
 
     name: str
     bandwidth_gb_s: float
     tflops: float | None
     source: str
+    dense_share: float = 1.0
+    sparse_share: float = 1.0
 
 
 DEVICES: Registry[Device] = Registry("device")

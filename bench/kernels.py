@@ -22,7 +22,7 @@ from wina.bench.operators import (
     threshold_for,
 )
 from wina.bench.shapes import PROJECTION_SHAPES
-from wina.bench.timing import FULL, Effort, Timing, claim, compare, interleave, ratio
+from wina.bench.timing import FULL, Effort, Timing, claim, compare, interleave_until_steady, ratio
 from wina.errors import ConfigError
 from wina.kernels.dispatch import Backend, LayerSpec, backends, choose
 
@@ -73,7 +73,7 @@ def bench_kernels(
         (rows, refusals). Rows of {operator, backend, device, shape [N, K], dtype, tokens,
         sparsity, kept, threads, time_us, own_dense_us, torch_dense_us, read_us, bandwidth_gb_s,
         bandwidth_share, speedup_vs_own_dense, speedup_vs_torch, speedup_vs_best_dense,
-        byte_ideal, low, high, disagreement, rounds, verdict, spread, break_even_sparsity,
+        byte_ideal, low, high, uncertainty, rounds, verdict, spread, break_even_sparsity,
         break_even_tokens}; refusals of {backend, shape, dtype, reason}.
 
     Raises:
@@ -148,7 +148,17 @@ class _Point:
                     call = self._call(backend, x, threshold)
                     contenders[f"{backend.name} {s}"] = self._timed(call)
             title = f"{self.operator.name} {self.dtype} {N}×{K}, {self.tokens} tokens"
-            times = interleave(contenders, self.effort.rounds, title, show_progress)
+            times = interleave_until_steady(
+                contenders,
+                self.effort,
+                lambda times: [
+                    compare(times["torch"], times[f"{backend.name} {s}"])
+                    for backend in self.backends
+                    for s in thresholds
+                ],
+                title,
+                show_progress,
+            )
         kept = {s: kept_channels(x, threshold) for s, threshold in thresholds.items()}
         return [
             self._row(backend.name, s, kept[s], times)

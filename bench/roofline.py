@@ -8,7 +8,7 @@ rotation and low-rank or bias corrections. Arithmetic only: nothing here runs a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from wina.bench.devices import Device
@@ -35,6 +35,8 @@ KINDS = (
     ATTENTION, MLP, EXPERTS, ROUTER, LM_HEAD, NORMS, EMBEDDING, KV_CACHE, THRESHOLDS, ROTATION,
     CORRECTIONS,
 )  # fmt: skip
+# Kinds that are read by a matrix product.
+PRODUCTS = (*SPARSE_KINDS, ROUTER, LM_HEAD, ROTATION, CORRECTIONS)
 ITEMSIZE = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
 
 
@@ -87,11 +89,14 @@ class Cost:
     Attributes:
         bytes: kind → bytes read from memory.
         macs: kind → multiply-adds (a floating-point operation is half of one).
+        batch: sequences of the step.
+        sparse: whether sparse kernels serve the projections.
     """
 
     bytes: dict[str, float]
     macs: dict[str, float]
     batch: int
+    sparse: bool = False
 
     @property
     def total_bytes(self) -> float:
@@ -103,9 +108,20 @@ class Cost:
         """Multiply-adds of one step."""
         return sum(self.macs.values())
 
+    def reading(self, device: Device) -> float:
+        """Seconds of reading, every kind at the share of the bandwidth that its product reaches."""
+        at_full = 0.0
+        for kind, size in self.bytes.items():
+            if kind in SPARSE_KINDS and self.sparse:
+                size /= device.sparse_share
+            elif kind in PRODUCTS:
+                size /= device.dense_share
+            at_full += size
+        return at_full / (device.bandwidth_gb_s * 1e9)
+
     def seconds(self, device: Device, overhead_s: float = 0.0) -> float:
         """The least time of a step: the longer of reading and multiplying, and a fixed part."""
-        reading = self.total_bytes / (device.bandwidth_gb_s * 1e9)
+        reading = self.reading(device)
         multiplying = 2 * self.total_macs / (device.tflops * 1e12) if device.tflops else 0.0
         return max(reading, multiplying) + overhead_s
 
@@ -152,7 +168,7 @@ def cost(structure: Structure, load: Load) -> Cost:
         widest = max(_itemsize(weight, load) for weight, _ in corrected)
         add(ROTATION, rotation, widest, rotation * load.batch)
     order = [kind for kind in KINDS if kind in read]
-    return Cost({k: read[k] for k in order}, {k: macs[k] for k in order}, load.batch)
+    return Cost({k: read[k] for k in order}, {k: macs[k] for k in order}, load.batch, sparse)
 
 
 def published_macs(structure: Structure, sparsity: float, rotation: bool = False) -> float:
@@ -191,7 +207,7 @@ def roofline(
     """
     if not 0.0 < efficiency <= 1.0:
         raise ConfigError(f"efficiency is a share in (0, 1], not {efficiency}")
-    reached = Device(device.name, device.bandwidth_gb_s * efficiency, device.tflops, device.source)
+    reached = replace(device, bandwidth_gb_s=device.bandwidth_gb_s * efficiency)
     dense = cost(structure, load.dense)
     dense_seconds = dense.seconds(reached, overhead_s)
     rows = []
@@ -199,7 +215,7 @@ def roofline(
         asked = Load(**{**vars(load), "sparsity": sparsity}) if sparsity else load.dense
         step = cost(structure, asked)
         seconds = step.seconds(reached, overhead_s)
-        reading = step.total_bytes / (reached.bandwidth_gb_s * 1e9)
+        reading = step.reading(reached)
         rows.append(
             {
                 "sparsity": sparsity,
@@ -226,7 +242,7 @@ def byte_ideal(structure: Structure, load: Load) -> float:
 def overhead_for(
     structure: Structure, device: Device, load: Load, dense_tokens_per_s: float
 ) -> float:
-    """Seconds a step that a measured dense speed leaves unexplained by bytes, at least 0."""
+    """Seconds a step that a measured dense speed leaves unexplained by reading, at least 0."""
     measured = load.batch / dense_tokens_per_s
     return max(0.0, measured - cost(structure, load.dense).seconds(device))
 

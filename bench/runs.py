@@ -151,6 +151,32 @@ def compare_runs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[st
     return rows
 
 
+def repeated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How well a second run repeats the claims of a first.
+
+    Args:
+        rows: of :func:`compare_runs`.
+
+    Returns:
+        {rows, claimed, within, worst}: ratios to the dense baseline in both runs; those that both
+        runs claim; those of them that agree within the noise limit; the largest relative
+        difference between the two, None if none is claimed. Baselines, whose ratio is 1, are
+        left out.
+    """
+    ratios = [r for r in rows if r["speedup_old"] != 1.0 or r["speedup_new"] != 1.0]
+    apart = [
+        abs(r["speedup_new"] / r["speedup_old"] - 1.0)
+        for r in ratios
+        if r["verdict"] != "too noisy" and r["speedup_old"]
+    ]
+    return {
+        "rows": len(ratios),
+        "claimed": len(apart),
+        "within": sum(a <= NOISE_LIMIT for a in apart),
+        "worst": max(apart, default=None),
+    }
+
+
 def different_machines(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Facts of the machine card that differ and make times incomparable."""
     facts = ("cpu", "cores", "threads", "gpu", "torch", "governor")

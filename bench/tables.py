@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from wina.bench.runs import KINDS, compare_runs, different_machines, load, run_at, save
-from wina.bench.timing import STEADY, TOO_FEW, TOO_NOISY
+from wina.bench.runs import KINDS, compare_runs, different_machines, load, repeated, run_at, save
+from wina.bench.timing import NOISE_LIMIT, STEADY, TOO_FEW, TOO_NOISY
 
 # Short forms for tables; a steady ratio needs no word.
 VERDICTS = {STEADY: "", TOO_NOISY: "noisy", TOO_FEW: "few"}
@@ -174,7 +174,13 @@ def publish(
         machines = different_machines(old, run)
         if machines:
             run["warnings"].append(f"{name} was measured elsewhere ({'; '.join(machines)})")
-        run["comparisons"].append({"old": name, "rows": rows})
+        again = repeated(rows)
+        console.print(
+            f"Ratios to dense: both runs claim {again['claimed']} of {again['rows']}; "
+            f"{again['within']} of these agree within {NOISE_LIMIT:.0%}"
+            + (f" (worst: {again['worst']:.1%})" if again["claimed"] else "")
+        )
+        run["comparisons"].append({"old": name, "rows": rows, "repeated": again})
     for warning in run["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     if output is not None:

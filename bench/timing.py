@@ -3,7 +3,8 @@
 A time says little where other work comes and goes; a ratio of two times taken next to each other
 says more. So contenders run in turn, in every round, and a claim is the median over the rounds of
 the ratio inside a round. Whoever reads a ratio also gets an interval for it, and is told when the
-first and the second half of the rounds disagree about it.
+interval is wide or the first and the second half of the rounds disagree: such a ratio would not
+come out again. More rounds are run, up to a limit, while that is so.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from wina.progress import progress
 
-# Halves of a run that disagree by more than this support no claim.
+# A ratio is claimed where it would come out again within this share.
 NOISE_LIMIT = 0.05
 TOO_NOISY = "too noisy for the claim"
 TOO_FEW = "too few rounds for a claim"
@@ -31,6 +32,7 @@ class Effort:
 
     Attributes:
         rounds: interleaved rounds after one of warming up.
+        most_rounds: limit up to which rounds are added while a ratio is too noisy to be claimed.
         cold_bytes: size of the weights rotated through, which must not fit into any cache.
         call_bytes: weights read between two looks at the clock.
         claims: False where the times are to show that a bench runs, and nothing else.
@@ -40,9 +42,10 @@ class Effort:
     cold_bytes: int
     call_bytes: int
     claims: bool = True
+    most_rounds: int = 0
 
 
-FULL = Effort(rounds=15, cold_bytes=512 << 20, call_bytes=128 << 20)
+FULL = Effort(rounds=15, most_rounds=60, cold_bytes=512 << 20, call_bytes=128 << 20)
 QUICK = Effort(rounds=2, cold_bytes=1 << 20, call_bytes=1 << 18, claims=False)
 
 
@@ -91,11 +94,21 @@ class Comparison:
         return abs(first - second) / min(first, second)
 
     @property
+    def half_width(self) -> float:
+        """Half the width of the interval, relative to the ratio."""
+        return (self.high - self.low) / 2 / self.ratio
+
+    @property
+    def uncertainty(self) -> float:
+        """By how much, relatively, the ratio may differ when measured again."""
+        return max(self.disagreement, self.half_width)
+
+    @property
     def verdict(self) -> str:
         """Whether the ratio may be claimed."""
         if self.rounds < _FEWEST:
             return TOO_FEW
-        return TOO_NOISY if self.disagreement > NOISE_LIMIT else STEADY
+        return TOO_NOISY if self.uncertainty > NOISE_LIMIT else STEADY
 
 
 def compare(slow: Timing, fast: Timing) -> Comparison:
@@ -161,12 +174,38 @@ def interleave(
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
+def interleave_until_steady(
+    contenders: Mapping[str, Callable[[], float | None]],
+    effort: Effort,
+    claims: Callable[[Mapping[str, Timing]], Sequence[Comparison]],
+    title: str = "timing",
+    show_progress: bool = True,
+) -> dict[str, Timing]:
+    """:func:`interleave`, repeated while a claim is noisy and ``effort.most_rounds`` allow it.
+
+    Args:
+        contenders: see :func:`interleave`.
+        effort: ``rounds`` are run at once.
+        claims: the comparisons that rows will be made of.
+        title, show_progress: see :func:`interleave`.
+    """
+    times = interleave(contenders, effort.rounds, title, show_progress)
+    done = effort.rounds
+    while done + effort.rounds <= effort.most_rounds:
+        if all(comparison.verdict == STEADY for comparison in claims(times)):
+            break
+        more = interleave(contenders, effort.rounds, f"{title}, again", show_progress)
+        times = {name: Timing(times[name].seconds + more[name].seconds) for name in times}
+        done += effort.rounds
+    return times
+
+
 def claim(comparison: Comparison, effort: Effort = FULL) -> dict[str, Any]:
-    """What a row says beside its ratio: {low, high, disagreement, rounds, verdict}."""
+    """What a row says beside its ratio: {low, high, uncertainty, rounds, verdict}."""
     return {
         "low": comparison.low,
         "high": comparison.high,
-        "disagreement": comparison.disagreement,
+        "uncertainty": comparison.uncertainty,
         "rounds": comparison.rounds,
         "verdict": comparison.verdict if effort.claims else "quick: no claim",
     }
@@ -177,11 +216,11 @@ def noise_warnings(rows: Sequence[Mapping[str, Any]], what: Sequence[str]) -> li
     noisy = [row for row in rows if row.get("verdict") in (TOO_NOISY, TOO_FEW)]
     if not noisy:
         return []
-    worst = max(noisy, key=lambda row: row["disagreement"])
+    worst = max(noisy, key=lambda row: row["uncertainty"])
     label = " ".join(str(worst[field]) for field in what)
     return [
-        f"{len(noisy)} of {len(rows)} ratios are not to be claimed: halves of the rounds disagree "
-        f"by up to {worst['disagreement']:.0%} (limit {NOISE_LIMIT:.0%}; worst: {label}; fewest "
+        f"{len(noisy)} of {len(rows)} ratios are not to be claimed: uncertain "
+        f"by up to {worst['uncertainty']:.0%} (limit {NOISE_LIMIT:.0%}; worst: {label}; fewest "
         f"rounds: {min(row['rounds'] for row in noisy)}). Leave the machine alone and repeat, or "
         "raise --rounds."
     ]

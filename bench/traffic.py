@@ -32,16 +32,16 @@ CARDS = (
     Published(Card("RTX 4090", 128), 89, 1.008e12, 2.52e9),
 )
 
-# (model, kernel, what it computes, K, N of one weight)
+# (model, kernel, what it computes, K, N of every weight)
 CALLS = (
-    ("Llama-3-8B", "sparse_linear", "q, o", 4096, 4096),
-    ("Llama-3-8B", "sparse_linear", "k, v", 4096, 1024),
-    ("Llama-3-8B", "sparse_gate_up", "gate and up", 4096, 14336),
-    ("Llama-3-8B", "sparse_linear", "down", 14336, 4096),
-    ("Qwen2.5-7B", "sparse_linear", "q, o", 3584, 3584),
-    ("Qwen2.5-7B", "sparse_linear", "k, v", 3584, 512),
-    ("Qwen2.5-7B", "sparse_gate_up", "gate and up", 3584, 18944),
-    ("Qwen2.5-7B", "sparse_linear", "down", 18944, 3584),
+    ("Llama-3-8B", "sparse_group", "q, k and v", 4096, (4096, 1024, 1024)),
+    ("Llama-3-8B", "sparse_linear", "o", 4096, (4096,)),
+    ("Llama-3-8B", "sparse_gate_up", "gate and up", 4096, (14336, 14336)),
+    ("Llama-3-8B", "sparse_linear", "down", 14336, (4096,)),
+    ("Qwen2.5-7B", "sparse_group", "q, k and v", 3584, (3584, 512, 512)),
+    ("Qwen2.5-7B", "sparse_linear", "o", 3584, (3584,)),
+    ("Qwen2.5-7B", "sparse_gate_up", "gate and up", 3584, (18944, 18944)),
+    ("Qwen2.5-7B", "sparse_linear", "down", 18944, (3584,)),
 )
 ITEMSIZE = 2
 SPARSITY = 0.5
@@ -77,19 +77,25 @@ class Traffic:
     issue_share: float
 
 
-def count(model: str, kernel: str, call: str, K: int, N: int, on: Published) -> Traffic:
+def count(
+    model: str, kernel: str, call: str, K: int, columns: tuple[int, ...], on: Published
+) -> Traffic:
     """Count one call on one card."""
     from wina.kernels.triton.compiled import Variant, compile_variant
 
-    launch = choose(kernel, on.card, 1, K, N, ITEMSIZE)
+    if kernel == "sparse_gate_up":  # a program walks along both weights
+        launch = choose(kernel, on.card, 1, K, columns[0], ITEMSIZE)
+        out = columns[0]
+    else:
+        launch = choose("sparse_linear", on.card, 1, K, sum(columns), ITEMSIZE)
+        out = sum(columns)
     splits, _ = launch.splits(K)
-    products = 2 if kernel == "sparse_gate_up" else 1
-    tiles = -(-N // launch.block_n(ITEMSIZE))
-    dense = products * K * N * ITEMSIZE
+    tiles = sum(-(-N // launch.block_n(ITEMSIZE)) for N in columns)
+    dense = K * sum(columns) * ITEMSIZE
     kept = round(dense * (1 - SPARSITY))
-    inputs = K * (ITEMSIZE + 4 * products)
-    partial = 2 * splits * N * 4 if splits > 1 else 0
-    iterations = products * tiles * -(-K // launch.block_k)
+    inputs = K * (ITEMSIZE + 4 * len(columns))
+    partial = 2 * splits * out * 4 if splits > 1 else 0
+    iterations = tiles * -(-K // launch.block_k)
     loop = compile_variant(
         Variant(kernel, "bfloat16", False, replace(launch, k_splits=1), splits=splits),
         on.capability,
@@ -97,10 +103,11 @@ def count(model: str, kernel: str, call: str, K: int, N: int, on: Published) -> 
     instructions = iterations * loop * launch.warps
     seconds = kept / on.bandwidth
     slots = on.card.sms * on.schedulers * on.clock * seconds
+    programs = tiles // len(columns) if kernel == "sparse_gate_up" else tiles
     return Traffic(
-        model, call, (N, K), on.card.name, dense, kept, inputs + N * ITEMSIZE + partial,
-        products * tiles * K * (ITEMSIZE + 4) - inputs,
-        tiles * splits, splits, dense // 16, instructions, instructions / slots,
+        model, call, (out, K), on.card.name, dense, kept, inputs + out * ITEMSIZE + partial,
+        tiles * K * (ITEMSIZE + 4) - inputs,
+        programs * splits, splits, dense // 16, instructions, instructions / slots,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from wina.bench.traffic import CARDS, count
 
 
 def test_counts_of_a_square_projection() -> None:
-    row = count("Llama-3-8B", "sparse_linear", "q, o", 4096, 4096, CARDS[1])
+    row = count("Llama-3-8B", "sparse_linear", "o", 4096, (4096,), CARDS[1])
     assert row.dense_bytes == 4096 * 4096 * 2
     assert row.kept_bytes == row.dense_bytes // 2
     assert row.loads == row.dense_bytes // 16
@@ -16,6 +16,14 @@ def test_counts_of_a_square_projection() -> None:
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda on: on.card.name)
 def test_gate_up_writes_no_partial_sums(card) -> None:
-    row = count("Llama-3-8B", "sparse_gate_up", "gate and up", 4096, 14336, card)
+    row = count("Llama-3-8B", "sparse_gate_up", "gate and up", 4096, (14336, 14336), card)
     assert row.k_splits == 1
     assert row.other_bytes == 4096 * (2 + 4 + 4) + 14336 * 2
+
+
+def test_a_group_reads_x_once_and_its_weights_as_one() -> None:
+    group = count("", "sparse_group", "q, k and v", 4096, (4096, 1024, 1024), CARDS[1])
+    whole = count("", "sparse_linear", "", 4096, (6144,), CARDS[1])
+    assert (group.dense_bytes, group.programs) == (whole.dense_bytes, whole.programs)
+    # two more threshold vectors
+    assert group.other_bytes == whole.other_bytes + 2 * 4096 * 4

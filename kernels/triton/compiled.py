@@ -152,7 +152,8 @@ def variants(thorough: bool) -> Iterator[Variant]:
         )
         for kernel in ("add_splits", "add_group_splits"):
             yield Variant(kernel, dtype, False, sums, extras=True, splits=8)
-        for channels in (576, 4096, selection.MAX_CHANNELS)[0 if thorough else 2 :]:
+        every = thorough and dtype == "bfloat16"
+        for channels in (576, 4096, selection.MAX_CHANNELS)[0 if every else 2 :]:
             _, block, warps = selection.tile_of(channels)
             for kernel in ("topk_scale", "mean_scale"):
                 yield Variant(kernel, dtype, True, Launch(0, block, warps, 1))
@@ -171,8 +172,8 @@ def _products(dtype: str, weights: str | None, many: bool, thorough: bool) -> It
         plain = Variant("sparse_gate_up", dtype, many, launch, weights=weights)
         yield plain
         if thorough:
-            every = dtype == "bfloat16" and weights is None and i == 0
-            for activation in list(reference.ACTIVATIONS)[: None if every else 1]:
+            turns = None if (dtype, weights, i) == ("bfloat16", None, 0) else 1
+            for activation in list(reference.ACTIVATIONS)[:turns]:
                 yield replace(plain, extras=True, activation=activation)
 
 

@@ -22,19 +22,19 @@ from wina.kernels.triton.config import card_of, choose, token_limit
 
 
 @cache
-def register() -> None:
-    """Make the kernels the implementation of the operators for CUDA tensors."""
-    ops.register("sparse_linear", "CUDA", _sparse_linear, lambda a: has_kernel(a.x, a.weight))
-    ops.register("sparse_gate_up", "CUDA", _sparse_gate_up, lambda a: has_kernel(a.x, a.gate, a.up))
+def register(key: str = "CUDA") -> None:
+    """Make the kernels the implementation of the operators for one dispatch key."""
+    ops.register("sparse_linear", key, _sparse_linear, lambda a: has_kernel(a.x, a.weight))
+    ops.register("sparse_gate_up", key, _sparse_gate_up, lambda a: has_kernel(a.x, a.gate, a.up))
     ops.register(
-        "sparse_linear_quantized", "CUDA", _linear_quantized, lambda a: has_kernel(a.x, a.packed)
+        "sparse_linear_quantized", key, _linear_quantized, lambda a: has_kernel(a.x, a.packed)
     )
     ops.register(
-        "sparse_gate_up_quantized", "CUDA", _gate_up_quantized, lambda a: has_kernel(a.x, a.gate)
+        "sparse_gate_up_quantized", key, _gate_up_quantized, lambda a: has_kernel(a.x, a.gate)
     )
-    ops.register("sparse_group", "CUDA", _sparse_group, lambda a: has_kernel(a.x, *a.weights))
-    ops.register("topk_scale", "CUDA", _topk_scale, lambda a: has_selection(a.x))
-    ops.register("mean_scale", "CUDA", _mean_scale, lambda a: has_selection(a.x))
+    ops.register("sparse_group", key, _sparse_group, lambda a: has_kernel(a.x, *a.weights))
+    ops.register("topk_scale", key, _topk_scale, lambda a: has_selection(a.x))
+    ops.register("mean_scale", key, _mean_scale, lambda a: has_selection(a.x))
 
 
 def has_kernel(x: Tensor, *weights: Tensor) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from wina.bench.cli import HERE_ONLY, without_options
@@ -131,3 +132,9 @@ def test_decode(folder: str, tmp_path: Path) -> None:
     invoke("roofline", "smollm2-135m", "--output", str(other))
     with pytest.raises(WinaError, match="different benches"):
         invoke("plot", str(saved), str(other))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_missing_gpu_is_named() -> None:
+    with pytest.raises(WinaError, match="torch sees no GPU"):
+        invoke("decode", "--shape", "smollm2-135m", "--device", "cuda", "--quick")

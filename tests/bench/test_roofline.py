@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from wina.bench.devices import DEVICES, Device, device_for, measured_bandwidth
+from wina.bench.rates import measured_device
 from wina.bench.roofline import (
     CORRECTIONS,
     KV_CACHE,
@@ -25,12 +26,14 @@ from wina.bench.structure import (
     EXPERTS,
     LM_HEAD,
     MLP,
+    NORMS,
     ROUTER,
     SPARSE_KINDS,
     Structure,
     meta_model,
     structure_of,
 )
+from wina.bench.timing import QUICK
 from wina.errors import ConfigError, UnsupportedModelError
 from wina.projections import find_projections
 from wina.testing import tiny_model
@@ -159,6 +162,29 @@ def test_overhead_from_a_measured_dense_speed() -> None:
     rows = roofline(llama, device, (0.5,), load, overhead)
     assert rows[0]["tokens_per_s"] == pytest.approx(1 / (reading + 0.01))
     assert rows[1]["speedup"] < byte_ideal(llama, Load(sparsity=0.5, itemsize=2.0))
+
+
+def test_every_kind_is_read_at_the_rate_of_its_product() -> None:
+    llama, load = structure("llama-3.2-1b"), Load(sparsity=0.5, itemsize=2.0)
+    device = Device("d", 20.0, None, "measured", dense_share=0.5, sparse_share=0.8)
+    step, dense = cost(llama, load), cost(llama, load.dense)
+    products = step.bytes[ATTENTION] + step.bytes[MLP]
+    rest = step.total_bytes - products - step.bytes[LM_HEAD]
+    want = (products / 0.8 + step.bytes[LM_HEAD] / 0.5 + rest) / 20e9
+    assert step.seconds(device) == pytest.approx(want)
+    others = dense.bytes[NORMS] + dense.bytes[EMBEDDING]
+    assert dense.seconds(device) == pytest.approx(
+        ((dense.total_bytes - others) * 2 + others) / 20e9
+    )
+    (_, half) = roofline(llama, device, (0.5,), Load(itemsize=2.0))
+    assert half["speedup"] == pytest.approx(dense.seconds(device) / want)
+
+
+def test_rates_are_measured_on_the_shapes_of_the_model() -> None:
+    found = measured_device(structure_of(tiny_model("llama")), "float32", "cpu", QUICK, False)
+    assert found.bandwidth_gb_s > 0
+    assert 0 < found.dense_share < 50
+    assert 0 < found.sparse_share < 50
 
 
 def test_devices() -> None:

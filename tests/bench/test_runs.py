@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from wina.bench.machine import Neighbours
-from wina.bench.runs import compare_runs, different_machines, document, load, parse, save
+from wina.bench.runs import (
+    compare_runs,
+    different_machines,
+    document,
+    load,
+    parse,
+    repeated,
+    save,
+)
 from wina.errors import WinaError
 
 
@@ -55,6 +63,18 @@ def test_comparison() -> None:
         compare_runs(old, run(row(1.0, 0.1)))
     with pytest.raises(WinaError, match="cannot be compared"):
         compare_runs(old, run(bench="kernels"))
+
+
+def test_repeated_claims_are_counted() -> None:
+    def at(sparsity: float, speedup: float, **more: Any) -> dict[str, Any]:
+        return row(1.0, sparsity, **{"speedup_vs_dense": speedup, **more})
+
+    noisy = {"verdict": "too noisy for the claim"}
+    old = run(at(0.0, 1.0), at(0.25, 1.2), at(0.5, 2.0), at(0.65, 3.0))
+    new = run(at(0.0, 1.0), at(0.25, 1.22), at(0.5, 2.2), at(0.65, 9.0, **noisy))
+    found = repeated(compare_runs(old, new))
+    assert found == {"rows": 3, "claimed": 2, "within": 1, "worst": pytest.approx(0.1)}
+    assert repeated([])["worst"] is None
 
 
 def test_machines_are_compared() -> None:

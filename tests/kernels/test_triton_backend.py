@@ -11,12 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wina.errors import ConfigError
+from wina.group import ProjectionGroup
 from wina.kernels import ops, triton
 from wina.kernels.dispatch import LayerSpec, choose
 from wina.kernels.triton import config
 from wina.kernels.triton.config import Card, Launch
+from wina.linear import Control, SparseLinear
+from wina.prefill import parse_prefill
+from wina.selectors import Selector, Threshold, TopK
 
 H100 = Card("NVIDIA H100 80GB HBM3", 132)
 CUDA = LayerSpec(torch.device("cuda", 0), torch.bfloat16, 64, 32)
@@ -127,3 +134,53 @@ def test_a_card_without_a_table_warns_once(tables: Path, caplog: pytest.LogCaptu
         f"no tuned kernel configurations for {H100.name}: using the defaults; "
         "`wina bench tune` makes them"
     ]
+
+
+def linear_on_a_card(N: int) -> nn.Linear:
+    """A layer 64 → N without values."""
+    layer = nn.Linear(64, N, device="meta")
+    for name, shape in (("weight", (N, 64)), ("bias", (N,))):
+        values = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+        setattr(layer, name, nn.Parameter(values, requires_grad=False))
+    return layer
+
+
+class Calls(TorchDispatchMode):
+    """Notes the wina operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "wina":
+            self.names.append(func._opname)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("selector", [Threshold(), TopK()], ids=["threshold", "topk"])
+def test_attention_on_a_card_takes_one_launch_for_q_k_and_v(
+    monkeypatch: pytest.MonkeyPatch, selector: Selector
+) -> None:
+    """Modules on a CUDA device that is not there: shapes and choices without values."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    control = Control(parse_prefill("dense", 4), "auto")
+    with FakeTensorMode(), torch.no_grad(), Calls() as calls:
+        q, k, v, o = (
+            SparseLinear(
+                linear_on_a_card(N), f"{i}", torch.empty(64, device="cuda"), 0.5, selector, control
+            )
+            for i, N in enumerate((64, 16, 16, 64))
+        )  # fmt: skip
+        group = ProjectionGroup([q, k, v])
+        for module in group.members:
+            module.group = group
+        assert (group.fuses, q.choice.backend.name) == (True, "triton")
+        x = torch.empty(1, 1, 64, device="cuda", dtype=torch.bfloat16)
+        ys = [q(x), k(x), v(x), o(x)]
+    assert [tuple(y.shape) for y in ys] == [(1, 1, 64), (1, 1, 16), (1, 1, 16), (1, 1, 64)]
+    assert {y.device.type for y in ys} == {"cuda"}
+    products = [name for name in calls.names if not name.endswith("scale")]
+    assert products == ["sparse_group", "sparse_linear"]
+    assert calls.names.count("topk_scale") == (4 if isinstance(selector, TopK) else 0)
