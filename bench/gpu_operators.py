@@ -147,6 +147,8 @@ def _time_call(
     compiled = None
     if tokens == 1 and budget.allows(f"torch.compile of {call.model} {call.projection}",
                                      _COMPILE_S):  # fmt: skip
+        # Calls share one cache of compiled code, which is small and falls back to eager silently.
+        torch.compiler.reset()
         compiled = seconds_in_graph(torch.compile(dense, dynamic=False), copies)
     rows = []
     for sparsity in SPARSITIES:

@@ -1,4 +1,4 @@
-"""What rounding weights to 8 and 4 bits costs, by group and by way: ``python -m wina.bench.rounding``.
+"""What rounding weights to 8 and 4 bits costs: ``python -m wina.bench.rounding``.
 
 Root mean square error of the weights relative to their own, for Gaussian weights and for one block
 of a model. Scales are bfloat16 throughout. The way in use is the fourth column at a group of 128

@@ -37,7 +37,7 @@ CARDS = (
 )
 
 # (model, kernel, what it computes, K, N of every weight)
-CALLS = (
+CALLS: tuple[tuple[str, str, str, int, tuple[int, ...]], ...] = (
     ("Llama-3-8B", "sparse_group", "q, k and v", 4096, (4096, 1024, 1024)),
     ("Llama-3-8B", "sparse_linear", "o", 4096, (4096,)),
     ("Llama-3-8B", "sparse_gate_up", "gate and up", 4096, (14336, 14336)),
@@ -148,7 +148,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--weights", choices=list(FORMATS), help="default: bfloat16")
     weights = parser.parse_args().weights
-    rows = [count(*call, on, weights) for on in CARDS for call in calls(weights)]
+    rows = [
+        count(model, kernel, call, K, columns, on, weights)
+        for on in CARDS
+        for model, kernel, call, K, columns in calls(weights)
+    ]
     table = Table(title=f"one bfloat16 token, {weights or 'bfloat16'} weights, counted")
     for column in (
         "card", "model", "call", "[N, K]", "dense MB", "kept MB at 50 %", "other KB",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,8 +20,175 @@ from wina.cli_options import (
     read_text,
     resolve_model,
 )
+from wina.errors import WinaError
 
-app = typer.Typer(no_args_is_help=True, help="Measure quality. Last stdout line: JSON.")
+app = typer.Typer(
+    invoke_without_command=True,
+    rich_markup_mode="markdown",
+    help="Measure quality. Last stdout line: JSON.",
+)
+
+Tasks = Annotated[
+    str,
+    typer.Option(
+        help="By commas: tasks of lm-eval (piqa, arc_easy, ...), `perplexity` or "
+        "`perplexity:FILE`, `needle:TOKENS`, `generation` or `generation:FILE`."
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Folder of local data for lm-eval's tasks (table: eval/tasks/local.yaml)."),
+]
+Limit = Annotated[int | None, typer.Option(help="Documents of each task; default: all.")]
+Fewshot = Annotated[int | None, typer.Option(help="Examples in a prompt; default: the task's.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences scored at once; no score depends on it.")]
+MaxLength = Annotated[int, typer.Option(help="Context in tokens; longer texts are cut.")]
+
+
+@app.callback()
+def eval_grid(
+    context: typer.Context,
+    model: Model = "demo",
+    methods: Annotated[
+        str, typer.Option(help="By commas, each with settings of its own: wina/selector=topk.")
+    ] = "dense,teal,wina",
+    sparsities: Annotated[str, typer.Option(help="By commas.")] = "0.4,0.5,0.65",
+    tasks: Tasks = "",
+    data: Data = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the results: one file a cell.")
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option(help="Sparse tokens of a prompt: all, last:0.99, last:0.5, dense.")
+    ] = "all",
+    limit: Limit = None,
+    num_fewshot: Fewshot = None,
+    settings: Annotated[
+        str, typer.Option("--set", help="Settings of all methods: calibration_tokens=4096,seed=1.")
+    ] = "",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text file to calibrate on; default: the bundled text.")
+    ] = None,
+    agreement_tokens: Annotated[
+        int, typer.Option(help="Tokens of each task's text to compare with dense on; 0: none.")
+    ] = 2048,
+    window: Annotated[int, typer.Option(help="Tokens in a window of `perplexity`.")] = 512,
+    stride: Annotated[
+        int | None, typer.Option(help="New tokens in each window; default: the window.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that `generation` generates.")] = 48,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 2048,
+    seed: Annotated[int, typer.Option(help="Of few-shot examples and needles.")] = 0,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, ... (default: cuda if there is one).")
+    ] = "",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure quality: methods × sparsities × tasks, compared with the dense model.
+
+    `wina eval --methods teal,wina --sparsities 0.4,0.5 --tasks piqa,perplexity -o out/eval`
+
+    A cell that the output folder holds is not measured again, so a run that was stopped goes on
+    where it was. Last stdout line: JSON.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if output is None:
+        print(context.get_help())
+        raise typer.Exit(0 if len(sys.argv) <= 2 else 2)
+    _quiet_libraries()
+    from wina.eval.grid import Grid, GridRun, columns_of, parse_settings
+    from wina.eval.measurement import Settings
+    from wina.eval.run import open_tasks, print_grid, rows_of
+
+    common = {"prefill": protocol, **parse_settings(names(settings))}
+    columns = columns_of(names(methods), numbers(sparsities), common)
+    chosen = Settings(limit, num_fewshot, window, stride or window, new_tokens, seed)
+    with open_tasks(names(tasks), data) as opened:
+        lm = _load(model, dtype, trust_remote_code, device, batch_size, max_length)
+        grid = Grid(
+            columns, opened, protocol, chosen, agreement_tokens,
+            {"command": " ".join(["wina", *sys.argv[1:]])},
+        )  # fmt: skip
+        texts = None if calibration is None else [read_text(calibration)]
+        cells = GridRun(lm, grid, output, texts).run()
+    title = f"{Path(resolve_model(model)).name}: prefill {protocol}, limit {limit}"
+    print_grid(title, rows_of(cells), output)
+
+
+@app.command("verify")
+def eval_verify(
+    model: Model = "demo",
+    tasks: Tasks = "piqa,arc_easy,arc_challenge,winogrande,openbookqa",
+    data: Data = None,
+    limit: Limit = 20,
+    num_fewshot: Fewshot = None,
+    batch_size: BatchSize = 1,
+    max_length: MaxLength = 2048,
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Check that the dense model gives the numbers of plain lm-eval, to the last digit."""
+    _quiet_libraries()
+    from wina.eval.measurement import Settings
+    from wina.eval.run import open_tasks
+    from wina.eval.verify import print_verification, verify
+
+    with open_tasks(names(tasks), data) as opened:
+        loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+        rows = verify(
+            loaded, tokenizer, opened, Settings(limit, num_fewshot),
+            batch_size=batch_size, max_length=max_length,
+        )  # fmt: skip
+    print_verification(f"{Path(resolve_model(model)).name}, limit {limit}", rows)
+    if not all(row["equal"] for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command(
+    "lm",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def eval_lm(context: typer.Context) -> None:
+    """lm-eval's own command line (`wina eval lm --help`), which then knows `--model wina`.
+
+    `wina eval lm --model wina --model_args pretrained=PATH,method=wina,sparsity=0.5 --tasks piqa`
+    """
+    _require_lm_eval()
+    from wina.integrations.lm_eval import main
+
+    main(context.args)
+
+
+def _load(
+    model: str, dtype: str, trust: bool, device: str, batch_size: int, max_length: int
+) -> Any:
+    import torch
+
+    from wina.integrations.lm_eval import WinaLM
+
+    loaded, tokenizer = load_model(model, dtype, trust)
+    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return WinaLM(
+        loaded, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length,
+        show_progress=sys.stderr.isatty(),
+    )  # fmt: skip
+
+
+def _quiet_libraries() -> None:
+    """lm-eval forks after tokenizers were used, which warns at each fork unless told not to."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _require_lm_eval()
+
+
+def _require_lm_eval() -> None:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise WinaError("this needs lm-eval: pip install 'wina[eval]'") from None
 
 
 @app.command("ppl")
@@ -64,3 +233,28 @@ def eval_ppl(
         },
     )
     print_comparison(Path(resolve_model(model)).name, rows, prefill)
+
+
+@app.command("report")
+def eval_report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a grid, finished or not.")],
+    output: Annotated[Path | None, typer.Option(help="Where to write; default: FOLDER.")] = None,
+    bench: Annotated[
+        list[Path] | None,
+        typer.Option(help="Run of `wina bench decode --output`, for tokens/s. May be repeated."),
+    ] = None,
+    open_page: Annotated[bool, typer.Option("--open/--no-open", help="Show the page.")] = False,
+) -> None:
+    """Write a grid's report: report.html (one page, no network), .md, .csv and .json.
+
+    Methods × sparsities × tasks with standard errors, paired tests against dense, the bytes read,
+    agreement with the dense model, and pictures. Decode runs in FOLDER are shown, too.
+    """
+    try:
+        from wina.eval.report.write import print_written, write_report
+    except ModuleNotFoundError as error:
+        raise WinaError(f"the report needs {error.name}: pip install 'wina[eval]'") from None
+    written = write_report(folder, output, bench or ())
+    print_written(written)
+    if open_page:
+        typer.launch(str(written.paths["report.html"]))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from wina.api import sparsify
 from wina.bench.machine import machine_card
 from wina.config import SparsityConfig
+from wina.errors import ConfigError
 from wina.inspection import measure_sparsity
 from wina.methods import METHODS
 from wina.patch import is_patched, prefill_protocol, restore
@@ -83,6 +84,48 @@ def perplexity(
             count += ids[:, 1:].numel()
             advance(len(ids))
     return Perplexity(total / count, count, counter.mean if counter else 0.0)
+
+
+def strided_windows(stream: Tensor, window: int, stride: int) -> list[tuple[Tensor, int]]:
+    """Cut a text into windows that each bring ``stride`` new tokens.
+
+    Args:
+        stream: token ids [n].
+        window: tokens in a window; the last one may be shorter.
+        stride: from the start of a window to the start of the next. At ``window`` they are
+            disjoint, and the first token of each is not predicted; below it they overlap, and the
+            tokens that a window shares with the one before are context only.
+
+    Returns:
+        (token ids, number of predictions to score, the last ones) of every window.
+    """
+    if not 1 <= stride <= window or window < 2:
+        raise ConfigError(f"stride ({stride}) lies between 1 and the window ({window}), at least 2")
+    windows = []
+    done = 0
+    for begin in range(0, len(stream), stride):
+        ids = stream[begin : begin + window]
+        scored = min(begin + len(ids) - done, len(ids) - 1)
+        if scored < 1:
+            break
+        windows.append((ids, scored))
+        done = begin + len(ids)
+        if done == len(stream):
+            break
+    return windows
+
+
+def score_windows(model: nn.Module, windows: Sequence[tuple[Tensor, int]]) -> list[float]:
+    """Mean negative log-likelihood in nats of the scored predictions of each window."""
+    device = next(model.parameters()).device
+    nats = []
+    with torch.no_grad():
+        for ids, scored in windows:
+            batch = ids.unsqueeze(0).to(device)
+            output: Any = model(input_ids=batch, use_cache=False)
+            logits = output.logits[0, -scored - 1 : -1].float()
+            nats.append(float(F.cross_entropy(logits, batch[0, -scored:])))
+    return nats
 
 
 def compare(

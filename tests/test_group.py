@@ -218,6 +218,26 @@ def test_the_compiled_step_calls_the_fused_operator(attention: nn.Module) -> Non
     assert not any("sparse_linear" in name for name in called)
 
 
+@pytest.mark.parametrize(("selector", "operator", "times"), [
+    ("relative", "mean_scale", 4), ("topk", "topk_scale", 7), ("threshold", "mean_scale", 0),
+])  # fmt: skip
+def test_what_depends_on_the_hidden_state_alone_is_found_once(
+    llama: nn.Module, selector: str, operator: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By q, k and v together, o, gate and up together, down."""
+    wina.sparsify(llama, plan_for(llama, selector=selector))
+    seen: list[int] = []
+    right = getattr(ops, operator)
+
+    def counted(*arguments):
+        seen.append(1)
+        return right(*arguments)
+
+    monkeypatch.setattr(ops, operator, counted)
+    llama(random_tokens(1)[None])
+    assert len(seen) == 2 * times
+
+
 def test_export(llama: nn.Module) -> None:
     wina.sparsify(llama, plan_for(llama))
     mlp, attention = llama.model.layers[0].mlp, llama.model.layers[0].self_attn

@@ -31,6 +31,13 @@ class _Shared:
     products: dict[str, Tensor]
 
 
+def scales(modules: Sequence[SparseLinear], x: Tensor) -> list[Tensor | None]:
+    """Every module's factor of its thresholds for hidden states x that all of them read."""
+    if all(module.selector.of_x_alone for module in modules):
+        return [modules[0].scale(x)] * len(modules)
+    return [module.scale(x) for module in modules]
+
+
 class ProjectionGroup:
     """Sparse products of q, k and v (or the like), computed when the first of them is asked for.
 
@@ -97,7 +104,7 @@ class ProjectionGroup:
             [m.weight.t() for m in self.members],
             [m.threshold for m in self.members],
             [m.bias for m in self.members],
-            [m.scale(x) for m in self.members],
+            scales(self.members, x),
         )
         products = {m.name: y for m, y in zip(self.members, ys, strict=True)}
         own: Tensor = products.pop(member.name)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -150,19 +151,22 @@ class RealisedSparsity:
 
     def __init__(self, model: nn.Module) -> None:
         self._projections = [layer.projection for layer in patch_of(model).plan.layers.values()]
-        self._dropped = {p.name: 0 for p in self._projections}
+        # Tensors: reading each count would make a GPU wait for the CPU in every layer.
+        self._dropped = {p.name: torch.zeros((), dtype=torch.int64) for p in self._projections}
         self._seen = {p.name: 0 for p in self._projections}
 
     def __call__(self, name: str, x: Tensor, threshold: Tensor, scale: Tensor | None) -> None:
         """Count one product's channels."""
-        self._dropped[name] += int((~keep_mask(x.detach(), threshold, scale)).sum())
+        dropped = (~keep_mask(x.detach(), threshold, scale)).sum()
+        self._dropped[name] = self._dropped[name].to(dropped.device) + dropped
         self._seen[name] += x.numel()
 
     @property
     def by_projection(self) -> Mapping[str, float]:
         """Projection name → share of channels dropped (0 where nothing was seen)."""
         return {
-            name: self._dropped[name] / seen if seen else 0.0 for name, seen in self._seen.items()
+            name: int(self._dropped[name]) / seen if seen else 0.0
+            for name, seen in self._seen.items()
         }
 
     @property

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wina.group import ProjectionGroup
+from wina.errors import PatchStateError
+from wina.group import ProjectionGroup, scales
 from wina.kernels.dispatch import Choice, LayerSpec, choose
-from wina.kernels.reference import mask_inputs
+from wina.kernels.reference import keep_mask, mask_inputs
 from wina.prefill import Prefill
 from wina.selectors import Selector
 
@@ -22,6 +23,8 @@ class Control:
     Attributes:
         enabled: False makes every module dense (``with wina.dense(model)``).
         prefill: which tokens of a multi-token forward are sparse.
+        padded: boolean [rows, S] that says it token by token while a padded batch runs
+            (:func:`wina.patch.padded_batch`), else None.
         observer: called with (projection name, x, threshold, scale) of every sparse product;
             set while realised sparsity is measured, None otherwise.
     """
@@ -30,12 +33,27 @@ class Control:
         self.enabled = True
         self.prefill = prefill
         self.backend = backend
+        self.padded: Tensor | None = None
         self.observer: Callable[[str, Tensor, Tensor, Tensor | None], None] | None = None
 
     def first_sparse(self, x: Tensor) -> int:
         """Index, along the sequence, of the first sparse token of hidden states [..., S, K]."""
         length = sequence_length(x)
         return self.prefill.start(length) if self.enabled else length
+
+    def sparse_tokens(self, x: Tensor) -> Tensor | None:
+        """Boolean [..., S] of hidden states [..., S, K] where a padded batch is running, or None.
+
+        Decode steps, one token a row, have no padding.
+        """
+        if self.padded is None or not self.enabled or sequence_length(x) == 1:
+            return None
+        if x.shape[:-1].numel() != self.padded.numel():
+            raise PatchStateError(
+                f"a padded batch of shape {tuple(self.padded.shape)} reached a projection as "
+                f"{tuple(x.shape)}: its tokens cannot be told apart, so run one sequence at a time"
+            )
+        return self.padded.view(x.shape[:-1])
 
 
 def sequence_length(x: Tensor) -> int:
@@ -109,14 +127,20 @@ class SparseLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [..., S, K] → [..., S, N]; a sequence of one token is a decode step."""
         start = self.control.first_sparse(x)
+        padded = self.control.sparse_tokens(x)
         if self._needs_gradient(x):
             # A row-major copy of the weight: torch's 16-bit products of the K-major layout, and
             # their gradients, are many times slower on a CPU without 16-bit instructions.
-            return F.linear(self.masked(x, start), self.weight.contiguous(), self.bias)
+            masked = self.masked(x, start) if padded is None else self._masked_where(x, padded)
+            return F.linear(masked, self.weight.contiguous(), self.bias)
+        if padded is not None:
+            return self._dense(self._masked_where(x, padded))
         if start == 0:
             return self._sparse_with_group(x)
         if start >= sequence_length(x):
             return self._dense(x)
+        if not self.choice.backend.k_major:  # it multiplies densely anyway: one product, not two
+            return self._dense(self.masked(x, start))
         parts = [self._dense(x[..., :start, :]), self._sparse(x[..., start:, :])]
         return torch.cat(parts, dim=-2)
 
@@ -141,6 +165,16 @@ class SparseLinear(nn.Linear):
                 return y
         return self._sparse(x)
 
+    def _masked_where(self, x: Tensor, sparse: Tensor) -> Tensor:
+        """x [..., S, K] masked at the tokens where ``sparse`` [..., S] is True."""
+        with torch.no_grad():
+            scale = self.scale(x)
+            if self.control.observer is not None:
+                seen = None if scale is None else scale[sparse]
+                self.control.observer(self.name, x[sparse], self.threshold, seen)
+            keep = keep_mask(x, self.threshold, scale) | ~sparse.unsqueeze(-1)
+        return torch.where(keep, x, 0.0)
+
     def _sparse(self, x: Tensor) -> Tensor:
         scale = self._observed_scale(x)
         return self.choice.backend.sparse_linear(
@@ -151,7 +185,7 @@ class SparseLinear(nn.Linear):
         """activation(sparse product of this)·(sparse product of ``up``), in one launch."""
         return self.choice.backend.sparse_gate_up(
             x, self.weight.t(), up.weight.t(), self.threshold, up.threshold, activation,
-            self.bias, up.bias, self.scale(x), up.scale(x),
+            self.bias, up.bias, *scales((self, up), x),
         )  # fmt: skip
 
     def _dense(self, x: Tensor) -> Tensor:

@@ -98,6 +98,7 @@ class SparseGatedMLP(nn.Module):
         if (
             control.observer is None
             and control.first_sparse(x) == 0
+            and control.sparse_tokens(x) is None
             and not (torch.is_grad_enabled())
         ):
             h = gate.gate_up(up, x, self.gated.activation)

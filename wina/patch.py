@@ -5,7 +5,7 @@ Knows plans; knows nothing of how they are calibrated.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -278,6 +278,35 @@ def prefill_protocol(model: nn.Module, prefill: Prefill) -> Iterator[nn.Module]:
         yield model
     finally:
         control.prefill = before
+
+
+@contextmanager
+def padded_batch(
+    model: nn.Module, lengths: Sequence[int], size: int, padding: str
+) -> Iterator[nn.Module]:
+    """Run a padded batch inside the ``with`` block as if each row were alone.
+
+    The prefill protocol counts the tokens of a sequence. Without this it would count the padding:
+    the first tokens of a left-padded row would not be the ones that stay dense, and the last half
+    of a right-padded row would begin too late.
+
+    Args:
+        model: sparsified; a dense model needs nothing of the kind.
+        lengths: tokens of each row without its padding.
+        size: tokens of each row with it.
+        padding: ``"left"`` or ``"right"``.
+    """
+    control = patch_of(model).control
+    before = control.padded
+    if min(lengths, default=size) < size:
+        sparse = control.prefill.sparse_tokens(lengths, size, padding)
+        control.padded = sparse.to(next(model.parameters()).device)
+    else:
+        control.padded = None
+    try:
+        yield model
+    finally:
+        control.padded = before
 
 
 def _check_weights(model: nn.Module, plan: SparsityPlan) -> None:

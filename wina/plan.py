@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 import wina.projections as projections_module
 from wina.config import SparsityConfig
 from wina.errors import PlanError, WinaError
+from wina.files import write_atomically
 from wina.projections import Projection
 
 FORMAT = "wina-plan"
@@ -122,8 +122,8 @@ class SparsityPlan:
         text = json.dumps(document, indent=1, allow_nan=False) + "\n"
         # The JSON names the tensors by their hash, so a crash between the two renames is noticed
         # when loading instead of giving a mixture.
-        _write_atomically(path / TENSOR_FILE, blob)
-        _write_atomically(path / JSON_FILE, text.encode())
+        write_atomically(path / TENSOR_FILE, blob)
+        write_atomically(path / JSON_FILE, text.encode())
         return path
 
     def _document(self, tensor_hash: str) -> dict[str, Any]:
@@ -240,20 +240,6 @@ def weight_sample(weight: Tensor) -> Tensor:
 def _digest(document: Mapping[str, Any]) -> str:
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _typed(row: Mapping[str, Any], key: str, kind: type | tuple[type, ...]) -> Any:

@@ -6,10 +6,16 @@ differ: TEAL sparsifies the last 50 % of the tokens, WINA the last 99 %, LaRoSA 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from wina.errors import ConfigError, UnknownNameError
 from wina.registry import split_spec
+
+PADDING = ("left", "right")
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,30 @@ class Prefill:
         if length <= 1:
             return 0
         return max(min(self.sink_tokens, length), length - round(self.share * length))
+
+    def sparse_tokens(self, lengths: Sequence[int], size: int, padding: str) -> Tensor:
+        """Which tokens of a padded batch are sparse: those that would be without the padding.
+
+        Args:
+            lengths: tokens of each row without its padding.
+            size: tokens of each row with it.
+            padding: ``"left"`` or ``"right"``.
+
+        Returns:
+            Boolean [rows, size]; False for the padding.
+
+        Raises:
+            ConfigError: another side, or a row that is empty or longer than ``size``.
+        """
+        if padding not in PADDING:
+            raise ConfigError(f"padding {padding!r} is not known. Known: {', '.join(PADDING)}.")
+        if not lengths or min(lengths) < 1 or max(lengths) > size:
+            raise ConfigError(f"rows of {list(lengths)} tokens do not fit into {size} tokens")
+        sparse = torch.zeros(len(lengths), size, dtype=torch.bool)
+        for row, length in zip(sparse, lengths, strict=True):
+            first = size - length if padding == "left" else 0
+            row[first + self.start(length) : first + length] = True
+        return sparse
 
 
 def parse_prefill(spec: str, sink_tokens: int) -> Prefill:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from wina.group import scales
 from wina.kernels.dispatch import Choice, choose
 from wina.kernels.quantization import QuantizedWeight, quantize
 from wina.linear import Control, SparseLinear
@@ -76,7 +77,7 @@ class QuantizedSparseLinear(SparseLinear):
         return self.choice.backend.sparse_gate_up_quantized(
             x, self.packed, self.scales, up.packed, up.scales, self.out_features, self.bits,
             self.threshold, up.threshold, activation, self.bias, up.bias,
-            self.scale(x), up.scale(x),
+            *scales((self, up), x),
         )  # fmt: skip
 
     def _sparse(self, x: Tensor) -> Tensor:
@@ -98,4 +99,4 @@ class QuantizedSparseLinear(SparseLinear):
 
     def _choose_again(self) -> Choice:
         """The backend after a move or a cast: every backend reads the same layout."""
-        return choose(self._layer(), self.control.backend)
+        return choose(self._layer())

@@ -14,7 +14,13 @@ class Selector(ABC):
     """Chooses the cut-off of the scores |x_j|·c_j.
 
     With t_j = cutoff/c_j a channel is kept iff not |x_j| ≤ t_j·scale(token).
+
+    Attributes:
+        of_x_alone: whether the scale depends on the hidden state only, so that projections that
+            read the same one need it once.
     """
+
+    of_x_alone: bool = False
 
     @abstractmethod
     def scale(self, x: Tensor, threshold: Tensor, sparsity: float) -> Tensor | None:

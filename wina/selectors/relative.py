@@ -16,6 +16,8 @@ class Relative(Selector):
     sort; in the spirit of the statistical top-k of Spark Transformer and Gemma 3n.
     """
 
+    of_x_alone = True
+
     def scale(self, x: Tensor, threshold: Tensor, sparsity: float) -> Tensor | None:
         """mean_j |x_j| of every token, in float32."""
         return ops.mean_scale(x)
