@@ -1,17 +1,21 @@
 """Bytes and instructions of the Triton kernels by model and card: ``python -m wina.bench.traffic``.
 
 Counted, not measured: bytes from shapes and launch configurations, instructions from the loop of
-the cubin that the compiler makes for the card. No card is needed and no time is printed.
+the cubin that the compiler makes for the card. No card is needed and no time is printed. With
+``--weights int8`` or ``int4``: the same for weights kept in that width, scales included.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
 
+from wina.kernels.quantization import FORMATS, scales_of
 from wina.kernels.triton.config import Card, choose
 
 
@@ -78,26 +82,35 @@ class Traffic:
 
 
 def count(
-    model: str, kernel: str, call: str, K: int, columns: tuple[int, ...], on: Published
+    model: str,
+    kernel: str,
+    call: str,
+    K: int,
+    columns: tuple[int, ...],
+    on: Published,
+    weights: str | None = None,
 ) -> Traffic:
-    """Count one call on one card."""
+    """Count one call on one card, with bfloat16 weights or those of a key of ``FORMATS``."""
     from wina.kernels.triton.compiled import Variant, compile_variant
 
+    itemsize: float = ITEMSIZE if weights is None else FORMATS[weights].bits / 8
     if kernel == "sparse_gate_up":  # a program walks along both weights
-        launch = choose(kernel, on.card, 1, K, columns[0], ITEMSIZE)
+        launch = choose(kernel, on.card, 1, K, columns[0], itemsize)
         out = columns[0]
     else:
-        launch = choose("sparse_linear", on.card, 1, K, sum(columns), ITEMSIZE)
+        launch = choose("sparse_linear", on.card, 1, K, sum(columns), itemsize)
         out = sum(columns)
     splits, _ = launch.splits(K)
-    tiles = sum(-(-N // launch.block_n(ITEMSIZE)) for N in columns)
-    dense = K * sum(columns) * ITEMSIZE
+    tiles = sum(-(-N // launch.block_n(itemsize)) for N in columns)
+    dense = K * sum(_row_bytes(N, weights) for N in columns)
     kept = round(dense * (1 - SPARSITY))
     inputs = K * (ITEMSIZE + 4 * len(columns))
     partial = 2 * splits * out * 4 if splits > 1 else 0
     iterations = tiles * -(-K // launch.block_k)
     loop = compile_variant(
-        Variant(kernel, "bfloat16", False, replace(launch, k_splits=1), splits=splits),
+        Variant(
+            kernel, "bfloat16", False, replace(launch, k_splits=1), splits=splits, weights=weights
+        ),
         on.capability,
     ).instructions
     instructions = iterations * loop * launch.warps
@@ -111,14 +124,36 @@ def count(
     )  # fmt: skip
 
 
+def _row_bytes(N: int, weights: str | None) -> int:
+    """Bytes of a row in memory, with its scales."""
+    if weights is None:
+        return N * ITEMSIZE
+    return FORMATS[weights].row_bytes(N) + 2 * scales_of(N)
+
+
+def calls(weights: str | None) -> Sequence[tuple[str, str, str, int, tuple[int, ...]]]:
+    """The calls of a decoded token: integer weights have a launch each."""
+    if weights is None:
+        return CALLS
+    return [
+        (model, "sparse_linear", one, K, (columns[i],)) if kernel == "sparse_group" else
+        (model, kernel, call, K, columns)
+        for model, kernel, call, K, columns in CALLS
+        for i, one in enumerate(("q", "k, v") if kernel == "sparse_group" else (call,))
+    ]  # fmt: skip
+
+
 def main() -> None:
     """Print the table, then one JSON line."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--weights", choices=list(FORMATS), help="default: bfloat16")
+    weights = parser.parse_args().weights
     rows = [
-        count(model, kernel, call, K, columns, on)
+        count(model, kernel, call, K, columns, on, weights)
         for on in CARDS
-        for model, kernel, call, K, columns in CALLS
+        for model, kernel, call, K, columns in calls(weights)
     ]
-    table = Table(title="one bfloat16 token, counted")
+    table = Table(title=f"one bfloat16 token, {weights or 'bfloat16'} weights, counted")
     for column in (
         "card", "model", "call", "[N, K]", "dense MB", "kept MB at 50 %", "other KB",
         "from caches MB", "programs (K splits)", "16-byte copies", "warp instructions",

@@ -13,6 +13,7 @@ from wina.cli_options import (
     Dtype,
     Model,
     Trust,
+    WeightDtype,
     load_model,
     names,
     numbers,
@@ -206,6 +207,7 @@ def eval_ppl(
     prefill: Annotated[str, typer.Option(help="all or last:<share>.")] = "all",
     calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 8192,
     dtype: Dtype = "auto",
+    weight_dtype: WeightDtype = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity of methods × sparsities on a text that calibration never saw."""
@@ -227,6 +229,7 @@ def eval_ppl(
             "mask": mask,
             "statistics": statistics,
             "calibration_tokens": calibration_tokens,
+            "weight_dtype": weight_dtype,
         },
     )
     print_comparison(Path(resolve_model(model)).name, rows, prefill)

@@ -168,7 +168,9 @@ def compare(
     baseline = perplexity(model, windows, title="scoring dense", show_progress=show_progress)
     rows = [_row("dense", 0.0, baseline, baseline)]
     for config in configs:
-        sparsify(model, config, tokenizer=tokenizer, show_progress=show_progress)
+        sparsify(
+            model, config, tokenizer=tokenizer, keep_original=True, show_progress=show_progress
+        )
         try:
             title = f"scoring {config.method} at {config.sparsity:.0%}"
             scored = perplexity(

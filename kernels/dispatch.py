@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wina.errors import ConfigError, UnknownNameError
-from wina.kernels import cpu, ops, reference, triton
+from wina.kernels import cpu, ops, quantized, reference, triton
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Backend(ABC):
             usual [N, K] layout.
         sparse_linear, sparse_gate_up, dense_linear: as in :mod:`wina.kernels.reference`.
         sparse_group: likewise, None where products of one hidden state gain nothing by it.
+        dense_linear_quantized, sparse_linear_quantized, sparse_gate_up_quantized: as in
+            :mod:`wina.kernels.quantized`.
     """
 
     name: str
@@ -48,6 +50,9 @@ class Backend(ABC):
     sparse_linear: Callable[..., Tensor]
     sparse_gate_up: Callable[..., Tensor]
     sparse_group: Callable[..., list[Tensor]] | None = None
+    dense_linear_quantized: Callable[..., Tensor]
+    sparse_linear_quantized: Callable[..., Tensor]
+    sparse_gate_up_quantized: Callable[..., Tensor]
 
     @abstractmethod
     def refuses(self, layer: LayerSpec) -> str | None:
@@ -69,6 +74,9 @@ class TritonBackend(Backend):
     sparse_linear = staticmethod(ops.sparse_linear)
     sparse_gate_up = staticmethod(ops.sparse_gate_up)
     sparse_group = staticmethod(ops.sparse_group)
+    dense_linear_quantized = staticmethod(quantized.dense_linear_quantized)
+    sparse_linear_quantized = staticmethod(quantized.linear_operator)
+    sparse_gate_up_quantized = staticmethod(quantized.gate_up_operator)
 
     def refuses(self, layer: LayerSpec) -> str | None:
         """Not on CUDA, a dtype without a kernel, too old a card, or no usable Triton."""
@@ -97,6 +105,9 @@ class CpuBackend(Backend):
     dense_linear = staticmethod(cpu.dense_linear)
     sparse_linear = staticmethod(ops.sparse_linear)
     sparse_gate_up = staticmethod(ops.sparse_gate_up)
+    dense_linear_quantized = staticmethod(cpu.dense_linear_quantized)
+    sparse_linear_quantized = staticmethod(quantized.linear_operator)
+    sparse_gate_up_quantized = staticmethod(quantized.gate_up_operator)
 
     def refuses(self, layer: LayerSpec) -> str | None:
         """Not on the CPU, a dtype without a kernel, or no kernel could be built here."""
@@ -116,6 +127,9 @@ class ReferenceBackend(Backend):
     dense_linear = staticmethod(reference.dense_linear)
     sparse_linear = staticmethod(reference.sparse_linear)
     sparse_gate_up = staticmethod(reference.sparse_gate_up)
+    dense_linear_quantized = staticmethod(quantized.dense_linear_quantized)
+    sparse_linear_quantized = staticmethod(quantized.sparse_linear_quantized)
+    sparse_gate_up_quantized = staticmethod(quantized.sparse_gate_up_quantized)
 
     def refuses(self, layer: LayerSpec) -> str | None:
         """Never."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wina.kernels import reference
+from wina.kernels import quantization, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -50,3 +50,9 @@ def assert_equal_up_to_rounding(got: Tensor, want: Tensor, x: Tensor, weight: Te
     bound = x.double().abs() @ weight.double().abs()
     tolerance = torch.finfo(x.dtype).eps * want.abs() + 3e-6 * bound + 1e-7
     assert ((got.double() - want).abs() <= tolerance).all()
+
+
+def full_scale(weight: quantization.QuantizedWeight) -> Tensor:
+    """The largest weight that each group could hold, [K, N]: what float32 sums are exact to."""
+    largest = weight.scales.float().abs() * 2 ** (weight.bits - 1)
+    return largest.repeat_interleave(quantization.GROUP, dim=1)[:, : weight.columns]

@@ -1,6 +1,6 @@
 import pytest
 
-from wina.bench.traffic import CARDS, count
+from wina.bench.traffic import CARDS, calls, count
 
 
 def test_counts_of_a_square_projection() -> None:
@@ -27,3 +27,10 @@ def test_a_group_reads_x_once_and_its_weights_as_one() -> None:
     assert (group.dense_bytes, group.programs) == (whole.dense_bytes, whole.programs)
     # two more threshold vectors
     assert group.other_bytes == whole.other_bytes + 2 * 4096 * 4
+
+
+@pytest.mark.parametrize(("weights", "row"), [("int8", 4096 + 64), ("int4", 2048 + 64)])
+def test_integer_weights_are_counted_with_their_scales(weights: str, row: int) -> None:
+    found = count("", "sparse_linear", "o", 4096, (4096,), CARDS[2], weights)
+    assert found.dense_bytes == 4096 * row
+    assert [call[2] for call in calls(weights)[:3]] == ["q", "k, v", "o"]

@@ -22,6 +22,7 @@ def sparsify(
     texts: Iterable[str] | Iterable[Tensor] | Tensor | None = None,
     prefill: str | None = None,
     backend: str = "auto",
+    keep_original: bool = False,
     show_progress: bool = True,
     **settings: Any,
 ) -> SparsityPlan:
@@ -37,6 +38,8 @@ def sparsify(
         texts: calibration texts, see :func:`wina.calibrate`.
         prefill: overrides the config's prefill protocol.
         backend: ``"auto"`` or the name of a kernel backend.
+        keep_original: with ``weight_dtype``, keep the original weights in memory beside the rounded
+            ones. Without it they are freed, and :func:`wina.restore` refuses.
         show_progress: draw a progress bar on stderr.
         **settings: fields of :class:`SparsityConfig`, such as ``sparsity=0.5, method="teal"``.
 
@@ -59,5 +62,5 @@ def sparsify(
             f"expected a SparsityPlan or a SparsityConfig, got {type(plan).__name__} "
             "(sparsity=0.5 is given by keyword)"
         )
-    apply_plan(model, plan, prefill, backend)
+    apply_plan(model, plan, prefill, backend, keep_original, show_progress)
     return plan

@@ -29,7 +29,7 @@ from wina.projections import (
     group_members,
     model_type_of,
 )
-from wina.scores import ChannelScores
+from wina.scores import ChannelScores, rounded
 from wina.statistics import ScoreHistogram
 from wina.texts import bundled, to_windows
 
@@ -132,6 +132,7 @@ def _scores(
             criterion=config.make_criterion(),
             selector=config.make_selector(),
             seed=config.seed + zlib.crc32(unit.name.encode()),
+            weight_dtype=config.weight_dtype,
         )
         found.update({projection.name: shared for projection in unit.projections})
     return found
@@ -169,17 +170,24 @@ class _Calibrator:
         return {name: layer.plan() for name, layer in self.layers.items()}
 
     def _forward(self, windows: Tensor, advance: Advance) -> None:
-        def hook_of(layer: _Layer) -> Any:
+        def before(layer: _Layer) -> Any:
             def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
                 masked = layer.see(arguments[0])
+                layer.round_weight()
                 advance()
                 return (masked, *arguments[1:])
 
             return hook
 
-        handles = [
-            layer.module.register_forward_pre_hook(hook_of(layer)) for layer in self.layers.values()
-        ]
+        def after(layer: _Layer) -> Any:
+            return lambda *_: layer.put_back()
+
+        handles = []
+        for layer in self.layers.values():
+            handles += [
+                layer.module.register_forward_pre_hook(before(layer)),
+                layer.module.register_forward_hook(after(layer)),
+            ]
         training = self.decoder.training
         device = next(self.decoder.parameters()).device
         self.decoder.eval()
@@ -190,6 +198,8 @@ class _Calibrator:
             self.decoder.train(training)
             for handle in handles:
                 handle.remove()
+            for layer in self.layers.values():
+                layer.put_back()
 
 
 class _Layer:
@@ -209,10 +219,24 @@ class _Layer:
         self.sparsity = sparsity
         self.prefill = Prefill(1.0, config.sink_tokens)
         self.sequential = config.statistics == "sequential"
+        self.weight_dtype = config.weight_dtype
+        self.original: Tensor | None = None
         self.histogram = ScoreHistogram()
         self.threshold: Tensor | None = None
         self.cutoff = 0.0
         self.dropped = 0
+
+    def round_weight(self) -> None:
+        """Let the module compute with the weight that it will have, until :meth:`put_back`."""
+        if self.weight_dtype is not None:
+            self.original = self.module.weight.data
+            self.module.weight.data = rounded(self.original, self.weight_dtype)
+
+    def put_back(self) -> None:
+        """Give the module its own weight again, the very same tensor."""
+        if self.original is not None:
+            self.module.weight.data = self.original
+            self.original = None
 
     def see(self, x: Tensor) -> Tensor:
         """Count the scores of inputs [B, S, K]; return them masked with the current cut-off."""

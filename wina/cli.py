@@ -19,6 +19,7 @@ from wina.cli_options import (
     Model,
     Sparsity,
     Trust,
+    WeightDtype,
     load_model,
     names,
     numbers,
@@ -86,6 +87,7 @@ def calibrate(
     text: Annotated[Path | None, typer.Option(help="Text file; default: the bundled one.")] = None,
     tokens: Annotated[int, typer.Option(help="Calibration tokens to read.")] = 8192,
     dtype: Dtype = "auto",
+    weight_dtype: WeightDtype = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Calibrate once and keep the plan: thresholds for every projection.
@@ -95,7 +97,12 @@ def calibrate(
     import wina
 
     config = wina.SparsityConfig(
-        method=method, sparsity=sparsity, selector=selector, mask=mask, calibration_tokens=tokens
+        method=method,
+        sparsity=sparsity,
+        selector=selector,
+        mask=mask,
+        calibration_tokens=tokens,
+        weight_dtype=weight_dtype,
     )
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     texts = None if text is None else [read_text(text)]
@@ -132,6 +139,7 @@ def generate(
     sparsity: Sparsity = 0.5,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 64,
     dtype: Dtype = "auto",
+    weight_dtype: WeightDtype = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Continue a prompt greedily with the sparse model, printing tokens as they come."""
@@ -139,7 +147,11 @@ def generate(
 
     import wina
 
-    config = wina.SparsityConfig(method=method, sparsity=0.0 if method == "dense" else sparsity)
+    config = wina.SparsityConfig(
+        method=method,
+        sparsity=0.0 if method == "dense" else sparsity,
+        weight_dtype=weight_dtype,
+    )
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     wina.sparsify(
         loaded, config if plan is None else wina.SparsityPlan.load(plan), tokenizer=tokenizer

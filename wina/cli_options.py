@@ -18,6 +18,13 @@ Dtype = Annotated[
 ]
 Method = Annotated[str, typer.Option(help="Which score decides: wina, teal, was, …")]
 Sparsity = Annotated[float, typer.Option(help="Share of input channels to drop, in [0, 1).")]
+WeightDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep the projections' weights as int8 or int4, rounded when patched; "
+        "default: as loaded."
+    ),
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the model folder run its own code.")
 ]

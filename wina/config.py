@@ -10,6 +10,7 @@ from typing import Any
 from wina.allocation import ALLOCATIONS, Allocation
 from wina.criteria import CRITERIA, Criterion
 from wina.errors import ConfigError
+from wina.kernels.quantization import FORMATS
 from wina.methods import METHODS
 from wina.prefill import Prefill, parse_prefill
 from wina.registry import create
@@ -37,6 +38,9 @@ class SparsityConfig:
         calibration_tokens: tokens of calibration text to use.
         window: tokens in one calibration sequence.
         seed: of everything random.
+        weight_dtype: ``"int8"`` or ``"int4"`` keeps the projections' weights in that width
+            (:mod:`wina.kernels.quantization`); None leaves them as they are. Criteria, thresholds
+            and statistics are those of the rounded weights.
     """
 
     method: str = "wina"
@@ -51,6 +55,7 @@ class SparsityConfig:
     calibration_tokens: int = 8192
     window: int = 512
     seed: int = 0
+    weight_dtype: str | None = None
 
     def __post_init__(self) -> None:
         method = METHODS[self.method]
@@ -68,6 +73,8 @@ class SparsityConfig:
                 f"window ({self.window}) must exceed sink_tokens ({self.sink_tokens}) by 2"
             )
         _check_choice("mask", self.mask, MASKS)
+        if self.weight_dtype is not None:
+            _check_choice("weight_dtype", self.weight_dtype, tuple(FORMATS))
         _check_choice("statistics", self.statistics, STATISTICS)
         self.make_criterion()
         self.make_allocation()
@@ -114,7 +121,7 @@ class SparsityConfig:
         for name, value in values.items():
             allowed = (
                 (str, type(None))
-                if name in ("criterion", "allocation")
+                if name in ("criterion", "allocation", "weight_dtype")
                 else ((int, float) if name == "sparsity" else (type(known[name].default),))
             )
             if not isinstance(value, allowed) or isinstance(value, bool):

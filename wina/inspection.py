@@ -25,6 +25,7 @@ from wina.projections import find_projections
 class InspectionRow:
     """One projection of a model.
 
+    ``weight_dtype`` and ``weight_bytes`` tell how the weight is kept in memory.
     ``realised`` is what calibration measured, ``fused`` the roles of the projections that share
     its launch while decoding, its own among them, empty where it has one for itself.
     """
@@ -37,6 +38,8 @@ class InspectionRow:
     backend: str
     reason: str
     fused: tuple[str, ...] = ()
+    weight_dtype: str = ""
+    weight_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ class Inspection:
         table = Table(title=f"{self.model_type}: {self.method}")
         for column, justify in (
             ("projection", "left"), ("[N, K]", "right"), ("asked", "right"),
-            ("realised", "right"), ("cut-off", "right"), ("one launch", "left"),
-            ("backend", "left"), ("why", "left"),
+            ("realised", "right"), ("cut-off", "right"), ("weights", "left"),
+            ("one launch", "left"), ("backend", "left"), ("why", "left"),
         ):  # fmt: skip
             table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         for row in self.rows:
@@ -76,6 +79,7 @@ class Inspection:
                 f"{row.sparsity:.3f}",
                 f"{row.realised:.3f}",
                 "" if row.cutoff is None else f"{row.cutoff:.4g}",
+                row.weight_dtype,
                 "+".join(row.fused),
                 row.backend,
                 row.reason,
@@ -118,6 +122,8 @@ def inspect(model: nn.Module) -> Inspection:
                 choice.backend.name,
                 choice.reason,
                 _fused_with(name, layer.projection.role, sparse[name], mlps),
+                sparse[name].weight_dtype,
+                sparse[name].weight_bytes,
             )
         )
     return Inspection(

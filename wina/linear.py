@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wina.errors import PatchStateError
-from wina.group import ProjectionGroup
+from wina.group import ProjectionGroup, scales
 from wina.kernels.dispatch import Choice, LayerSpec, choose
 from wina.kernels.reference import keep_mask, mask_inputs
 from wina.prefill import Prefill
@@ -88,7 +88,7 @@ class SparseLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's would allocate a second weight
         self.in_features = original.in_features
         self.out_features = original.out_features
-        self.weight = original.weight
+        self._hold(original)
         self.bias = original.bias
         self.train(original.training)
         self.name = name
@@ -96,13 +96,33 @@ class SparseLinear(nn.Linear):
         self.selector = selector
         self.control = control
         self.register_buffer(
-            "threshold", threshold.to(self.weight.device, torch.float32), persistent=False
+            "threshold", threshold.to(self.storage.device, torch.float32), persistent=False
         )
         self.choice = choose(self._layer(), control.backend)
         self.group: ProjectionGroup | None = None
 
+    def _hold(self, original: nn.Linear) -> None:
+        """Take the weight over."""
+        self.weight = original.weight
+
+    @property
+    def storage(self) -> Tensor:
+        """A tensor with the device and dtype of the products."""
+        return self.weight
+
+    @property
+    def weight_dtype(self) -> str:
+        """How the weight is kept, such as ``"bfloat16"`` or ``"int4"``."""
+        return str(self.weight.dtype).removeprefix("torch.")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight in memory."""
+        return self.weight.nbytes
+
     def _layer(self) -> LayerSpec:
-        return LayerSpec(self.weight.device, self.weight.dtype, self.in_features, self.out_features)
+        storage = self.storage
+        return LayerSpec(storage.device, storage.dtype, self.in_features, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [..., S, K] → [..., S, N]; a sequence of one token is a decode step."""
@@ -161,6 +181,13 @@ class SparseLinear(nn.Linear):
             x, self.weight.t(), self.threshold, self.bias, scale
         )
 
+    def gate_up(self, up: SparseLinear, x: Tensor, activation: str) -> Tensor:
+        """activation(sparse product of this)·(sparse product of ``up``), in one launch."""
+        return self.choice.backend.sparse_gate_up(
+            x, self.weight.t(), up.weight.t(), self.threshold, up.threshold, activation,
+            self.bias, up.bias, *scales((self, up), x),
+        )  # fmt: skip
+
     def _dense(self, x: Tensor) -> Tensor:
         return self.choice.backend.dense_linear(x, self.weight.t(), self.bias)
 
@@ -171,7 +198,7 @@ class SparseLinear(nn.Linear):
         return scale
 
     def _needs_gradient(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        return torch.is_grad_enabled() and (x.requires_grad or self.storage.requires_grad)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseLinear:
         # `.to(bfloat16)` casts buffers as well; thresholds stay float32 on every path.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wina.group import scales
 from wina.kernels.reference import ACTIVATIONS
 from wina.linear import SparseLinear
 
@@ -102,17 +101,7 @@ class SparseGatedMLP(nn.Module):
             and control.sparse_tokens(x) is None
             and not (torch.is_grad_enabled())
         ):
-            h = gate.choice.backend.sparse_gate_up(
-                x,
-                gate.weight.t(),
-                up.weight.t(),
-                gate.threshold,
-                up.threshold,
-                self.gated.activation,
-                gate.bias,
-                up.bias,
-                *scales((gate, up), x),
-            )
+            h = gate.gate_up(up, x, self.gated.activation)
         else:
             h = ACTIVATIONS[self.gated.activation](gate(x)) * up(x)
         y: Tensor = down(h)

@@ -18,7 +18,9 @@ from wina.linear import Control, SparseLinear
 from wina.mlp import SparseGatedMLP, recognise_gated_mlp
 from wina.plan import SparsityPlan
 from wina.prefill import Prefill
+from wina.progress import progress
 from wina.projections import architecture_of, check_projection, group_members
+from wina.quantized_linear import QuantizedSparseLinear
 
 _ATTRIBUTE = "_wina_patch"
 
@@ -78,6 +80,12 @@ class Patch:
     replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     transposed: list[nn.Parameter] = field(default_factory=list)
     layout: Layout = field(default_factory=Layout)
+    dropped: bool = False
+
+    def drop_originals(self) -> None:
+        """Free the original weights, which nothing reads any more: there is no way back then."""
+        self.replaced.clear()
+        self.dropped = True
 
     def undo(self) -> None:
         """Put the original modules and weight layouts back, last change first.
@@ -109,7 +117,12 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def apply_plan(
-    model: nn.Module, plan: SparsityPlan, prefill: str | None = None, backend: str = "auto"
+    model: nn.Module,
+    plan: SparsityPlan,
+    prefill: str | None = None,
+    backend: str = "auto",
+    keep_original: bool = False,
+    show_progress: bool = False,
 ) -> None:
     """Replace the projections and gated MLPs that a plan names.
 
@@ -121,6 +134,9 @@ def apply_plan(
         plan: from :func:`wina.calibrate` or :meth:`SparsityPlan.load`.
         prefill: overrides the plan's prefill protocol.
         backend: ``"auto"``, or one of :func:`wina.kernels.dispatch.backends`.
+        keep_original: with a plan that rounds weights, keep the original ones in memory as well,
+            so that :func:`restore` can put them back.
+        show_progress: draw a bar while weights are rounded.
 
     Raises:
         PatchStateError: the model is sparsified already.
@@ -146,6 +162,8 @@ def apply_plan(
         else type(config).from_dict({**config.to_dict(), "prefill": prefill}).make_prefill()
     )
     patch = Patch(plan, Control(protocol, backend))
+    rounds = config.weight_dtype is not None
+    title = f"rounding weights to {config.weight_dtype}"
     try:
         gated = {
             name: found
@@ -157,22 +175,26 @@ def apply_plan(
             )
             and (found := recognise_gated_mlp(module)) is not None
         }
-        for name, layer in plan.layers.items():
-            parent_name, _, leaf = name.rpartition(".")
-            parent = model.get_submodule(parent_name)
-            original = parent._modules[leaf]
-            assert isinstance(original, nn.Linear)
-            sparse = SparseLinear(
-                original, name, layer.threshold, layer.sparsity,
-                config.make_selector(), patch.control,
-            )  # fmt: skip
-            weight = original.weight
-            assert isinstance(weight, nn.Parameter)
-            if sparse.choice.backend.k_major:
-                patch.transposed.append(weight)
-                patch.layout.to_k_major(weight)
-            _replace(patch, parent, leaf, original, sparse)
-        _form_groups(model, plan, fused=gated)
+        with progress(title, len(plan.layers), show_progress and rounds) as advance:
+            for name, layer in plan.layers.items():
+                parent_name, _, leaf = name.rpartition(".")
+                parent = model.get_submodule(parent_name)
+                original = parent._modules[leaf]
+                assert isinstance(original, nn.Linear)
+                settings = (
+                    original, name, layer.threshold, layer.sparsity,
+                    config.make_selector(), patch.control,
+                )  # fmt: skip
+                sparse: SparseLinear
+                if config.weight_dtype is None:
+                    sparse = SparseLinear(*settings)
+                    _lay(patch, sparse)
+                else:
+                    sparse = QuantizedSparseLinear(*settings, config.weight_dtype)
+                _replace(patch, parent, leaf, original, sparse)
+                advance()
+        if config.weight_dtype is None:
+            _form_groups(model, plan, fused=gated)
         for name, found in gated.items():
             parent_name, _, leaf = name.rpartition(".")
             parent = model.get_submodule(parent_name)
@@ -182,6 +204,9 @@ def apply_plan(
     except BaseException:
         patch.undo()
         raise
+    # Not before all is done: an interrupted patch gives the model back as it was.
+    if rounds and not keep_original:
+        patch.drop_originals()
     model.__dict__[_ATTRIBUTE] = patch
 
 
@@ -196,6 +221,15 @@ def _form_groups(model: nn.Module, plan: SparsityPlan, fused: Container[str]) ->
             module.group = group
 
 
+def _lay(patch: Patch, sparse: SparseLinear) -> None:
+    """Lay a float weight as the module's backend reads it."""
+    weight = sparse.weight
+    assert isinstance(weight, nn.Parameter)
+    if sparse.choice.backend.k_major:
+        patch.transposed.append(weight)
+        patch.layout.to_k_major(weight)
+
+
 def _replace(
     patch: Patch, parent: nn.Module, name: str, original: nn.Module, new: nn.Module
 ) -> None:
@@ -207,8 +241,13 @@ def restore(model: nn.Module) -> None:
     """Make a sparsified model dense again: the original modules, weights bit for bit in place.
 
     Raises:
-        PatchStateError: the model is dense.
+        PatchStateError: the model is dense, or its weights were rounded and the originals not kept.
     """
+    if patch_of(model).dropped:
+        raise PatchStateError(
+            "the original weights were not kept when they were rounded: load the model again, or "
+            "pass keep_original=True to wina.sparsify before wina.restore"
+        )
     patch_of(model).undo()
     del model.__dict__[_ATTRIBUTE]
 
@@ -218,7 +257,7 @@ def dense(model: nn.Module) -> Iterator[nn.Module]:
     """Let a sparsified model compute densely inside the ``with`` block.
 
     Weights stay K-major, so speed is not that of the restored model: use :func:`restore` to time
-    a dense baseline.
+    a dense baseline. Weights that were rounded stay rounded.
     """
     control = patch_of(model).control
     before = control.enabled

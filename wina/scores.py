@@ -13,12 +13,20 @@ import torch
 from torch import Generator, Tensor
 
 from wina.criteria import Criterion
+from wina.kernels.quantization import quantize
 from wina.kernels.reference import keep_mask
 from wina.selectors import Selector
 from wina.statistics import ScoreHistogram
 
 # Rows of an input whose scores are computed at a time.
 _ROWS = 1024
+
+
+def rounded(weight: Tensor, weight_dtype: str | None) -> Tensor:
+    """A weight [N, K] as it will be in use, in its own dtype."""
+    if weight_dtype is None:
+        return weight
+    return quantize(weight.t(), weight_dtype).dequantize().t().to(weight.dtype)
 
 
 class ChannelScores:
@@ -29,12 +37,19 @@ class ChannelScores:
         criterion: gives c.
         selector: gives the cut-off and the factor of each token.
         seed: of the criterion's randomness.
+        weight_dtype: what the weights will be rounded to; the criterion sees the rounded ones.
     """
 
     def __init__(
-        self, weights: Sequence[Tensor], criterion: Criterion, selector: Selector, seed: int
+        self,
+        weights: Sequence[Tensor],
+        criterion: Criterion,
+        selector: Selector,
+        seed: int,
+        weight_dtype: str | None = None,
     ) -> None:
         self.weights = weights
+        self.weight_dtype = weight_dtype
         self.criterion = criterion
         self.selector = selector
         self.seed = seed
@@ -42,7 +57,8 @@ class ChannelScores:
     @cached_property
     def constants(self) -> Tensor:
         """c [K] float32."""
-        return self.criterion.constants(self.weights, Generator().manual_seed(self.seed))
+        weights = [rounded(weight, self.weight_dtype) for weight in self.weights]
+        return self.criterion.constants(weights, Generator().manual_seed(self.seed))
 
     def count(self, histogram: ScoreHistogram, x: Tensor, sparsity: float) -> None:
         """Add the scores of hidden states x [..., K], in units of each token's factor."""

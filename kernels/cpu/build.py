@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,7 +33,9 @@ from wina.progress import progress
 
 __all__ = ["load"]
 
-SOURCE = Path(__file__).resolve().parent / "sparse.cpp"
+FOLDER = Path(__file__).resolve().parent
+SOURCES = tuple(sorted(FOLDER.glob("*.cpp")))
+HEADERS = tuple(sorted(FOLDER.glob("*.h")))
 COMPILE_FLAGS = (
     "-std=c++17",
     "-O3",
@@ -48,7 +51,15 @@ LINK_FLAGS = ("-shared", "-ltorch_cpu", "-lc10")
 TYPICAL_SECONDS = 12
 COMPILE_TIMEOUT = 600
 COMPILER_LINES = 15
-OPERATORS = ("sparse_linear", "sparse_gate_up", "sparse_group", "topk_scale", "mean_scale")
+OPERATORS = (
+    "sparse_linear",
+    "sparse_gate_up",
+    "sparse_group",
+    "sparse_linear_quantized",
+    "sparse_gate_up_quantized",
+    "topk_scale",
+    "mean_scale",
+)
 
 _log = logging.getLogger("wina")
 _lock = threading.Lock()
@@ -88,7 +99,7 @@ def _load() -> str | None:
         return None
     if sys.platform == "win32":
         return "native CPU kernels: Windows is not supported"
-    source = SOURCE.read_bytes()
+    source = b"\0".join(path.read_bytes() for path in (*HEADERS, *SOURCES))
     compiler = _compiler()
     key = _key(source)
     folder = _cache_folder()
@@ -214,24 +225,30 @@ def _cache_folder() -> Path | None:
 
 
 def _build(compiler: str, output: Path) -> None:
-    target = output.with_suffix(".o")
     includes = [word for path in INCLUDE_PATHS for word in ("-isystem", path)]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    flags = [*COMPILE_FLAGS, *_machine_flags(), *_openmp_flags(compiler), abi, *includes]
     libraries = str(TORCH / "lib")
     extra = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    compile_command = [
-        *(compiler, *COMPILE_FLAGS, *_machine_flags(), *_openmp_flags(compiler), abi, *includes),
-        *("-c", str(SOURCE), "-o", str(target)),
-    ]
-    link_command = [compiler, str(target), "-o", str(output), f"-L{libraries}", *LINK_FLAGS, *extra]
+    objects = [output.with_name(f"{source.stem}.o") for source in SOURCES]
+
+    def run(command: list[str]) -> None:
+        answer = _run(command, timeout=COMPILE_TIMEOUT, cwd=str(output.parent))
+        if answer.returncode != 0:
+            said = (answer.stderr or answer.stdout).strip().splitlines()[-COMPILER_LINES:]
+            lines = "\n".join(said)
+            raise _BuildError(f"native CPU kernels: {compiler} failed:\n{lines}")
+
+    def compile_one(source: Path, target: Path) -> None:
+        run([compiler, *flags, "-c", str(source), "-o", str(target)])
+
     with _announced():
-        for command in (compile_command, link_command):
-            answer = _run(command, timeout=COMPILE_TIMEOUT, cwd=str(output.parent))
-            if answer.returncode != 0:
-                said = (answer.stderr or answer.stdout).strip().splitlines()[-COMPILER_LINES:]
-                lines = "\n".join(said)
-                raise _BuildError(f"native CPU kernels: {compiler} failed:\n{lines}")
-    target.unlink()
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(compile_one, SOURCES, objects))
+        run([compiler, *map(str, objects), "-o", str(output), f"-L{libraries}", *LINK_FLAGS,
+             *extra])  # fmt: skip
+    for target in objects:
+        target.unlink()
 
 
 def _run(

@@ -16,66 +16,12 @@
 // Every column adds its rows in list order with one fused multiply-add each, whatever the split,
 // the tile or the group: results are bit-identical for any number of threads.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/mean.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/relu.h>
-#include <ATen/ops/silu.h>
-#include <torch/library.h>
+#include "common.h"
 
-#include <algorithm>
-#include <cfloat>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <optional>
-#include <string>
-#include <type_traits>
-#include <vector>
-
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
+namespace wina {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// Tuning constants, measured on two Zen 3 cores (DDR4, about 30 GB/s).
-constexpr int kGroup = 8;  // kept rows read side by side: streams for the prefetcher
-constexpr int64_t kTile = 4096;  // float32 accumulators of one tile: 16 KiB of L1
-constexpr int64_t kShortBytes = 4096;  // a slice shorter than this is prefetched as a whole,
-constexpr int64_t kHeadBytes = 512;  // of a longer one only the beginning
-constexpr int64_t kLeadBytes = 8192;  // how far ahead of the arithmetic to prefetch
-constexpr int64_t kMaxLead = 128;  // the same in rows, and the padding of the row list
-constexpr int64_t kSerialBytes = 32768;  // a thread gets at least this much to read
-constexpr int64_t kMaxTokens = 16;  // tokens of one pass over the weight
-// More tokens than these: a dense matmul of the masked input. 16-bit weights stay longer, since a
-// K-major 16-bit matmul is a hundred times slower than these kernels where oneDNN has no AVX-512,
-// and the way around it makes float32 copies.
-constexpr int64_t kMaxTokensFloat = 32;
-constexpr int64_t kMaxTokensHalf = 128;
-constexpr int64_t kCopyColumns = 1024;  // columns of a 16-bit weight copied at a time
-constexpr int64_t kLine = 64;  // bytes of a cache line
-
 // ------------------------------------------------------------------------------------ vectors
-
-// GCC and Clang lower these to whatever the machine has (AVX2, AVX-512, NEON, SSE2).
-constexpr int kLanes = 8;
-typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
-typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-
-inline Floats load(const float* p) {
-  Floats v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
 
 // Two vectors: kStep consecutive columns, in the type's own order (see in_column_order).
 constexpr int kStep = 2 * kLanes;
@@ -130,63 +76,6 @@ void in_column_order(float* acc, int64_t width) {
     }
     std::memcpy(acc + n, step, sizeof step);
   }
-}
-
-inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
-
-// ----------------------------------------------------------------------------------- the mask
-
-// The rows that at least one token keeps, in ascending order.
-struct KeptRows {
-  std::vector<int32_t> index;  // count entries, then kMaxLead + kGroup repeats for the prefetcher
-  std::vector<float> coef;     // [count][tokens], 0 where a token drops the row
-  std::vector<float> scratch;
-  int64_t count = 0;
-};
-
-inline float cutoff(float threshold, float scale) {
-  // FLT_MAX, so that |Inf| > cutoff even when the threshold is +inf. A NaN passes and keeps.
-  const float t = threshold * scale;
-  return t > FLT_MAX ? FLT_MAX : t;
-}
-
-template <class T>
-void select_rows(KeptRows& rows, const T* x, int64_t K, int tokens, const float* threshold,
-                 const float* scale) {
-  // Grow only: no allocation from the second call on.
-  const auto grow = [](auto& v, int64_t n) {
-    if (static_cast<int64_t>(v.size()) < n) v.resize(n);
-  };
-  grow(rows.index, K + kMaxLead + kGroup);
-  grow(rows.coef, (K + 1) * tokens);
-  int32_t* index = rows.index.data();
-  float* coef = rows.coef.data();
-  int64_t count = 0;
-  if (tokens == 1) {
-    const float s = scale ? scale[0] : 1.0f;
-    // Branch-free: always write, advance only when kept.
-    for (int64_t j = 0; j < K; ++j) {
-      const float v = static_cast<float>(x[j]);
-      index[count] = static_cast<int32_t>(j);
-      coef[count] = v;
-      count += !(std::fabs(v) <= cutoff(threshold[j], s));
-    }
-  } else {
-    for (int64_t j = 0; j < K; ++j) {
-      float* c = coef + count * tokens;
-      bool any = false;
-      for (int t = 0; t < tokens; ++t) {
-        const float v = static_cast<float>(x[t * K + j]);
-        const bool keep = !(std::fabs(v) <= cutoff(threshold[j], scale ? scale[t] : 1.0f));
-        c[t] = keep ? v : 0.0f;
-        any |= keep;
-      }
-      index[count] = static_cast<int32_t>(j);
-      count += any;
-    }
-  }
-  std::fill_n(index + count, kMaxLead + kGroup, count ? index[count - 1] : 0);
-  rows.count = count;
 }
 
 // -------------------------------------------------------------------------------- the product
@@ -332,70 +221,16 @@ void for_tiles(int64_t N, int tokens, int64_t bytes_per_column, const F& f) {
   });
 }
 
-// ------------------------------------------------------------------------------- activations
-
-enum class Activation { silu, gelu, gelu_tanh, relu, relu2 };
-
-Activation parse_activation(c10::string_view name) {
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  if (name == "relu2") return Activation::relu2;
-  TORCH_CHECK(false, "wina::sparse_gate_up: unknown activation \"", name,
-              "\"; known: silu, gelu, gelu_tanh, relu, relu2");
-}
-
-void activate(Activation activation, float* v, int64_t n) {
-  switch (activation) {
-    case Activation::silu:
-      for (int64_t i = 0; i < n; ++i) v[i] = v[i] / (1.0f + std::exp(-v[i]));
-      return;
-    case Activation::gelu:
-      for (int64_t i = 0; i < n; ++i)
-        v[i] = 0.5f * v[i] * (1.0f + std::erf(v[i] * 0.70710678118654752f));
-      return;
-    case Activation::gelu_tanh:
-      for (int64_t i = 0; i < n; ++i) {
-        const float inner = 0.79788456080286536f * (v[i] + 0.044715f * v[i] * v[i] * v[i]);
-        v[i] = 0.5f * v[i] * (1.0f + std::tanh(inner));
-      }
-      return;
-    case Activation::relu:  // a NaN is not < 0: it stays
-      for (int64_t i = 0; i < n; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i];
-      return;
-    case Activation::relu2:
-      for (int64_t i = 0; i < n; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i] * v[i];
-      return;
-  }
-}
-
-Tensor activate(Activation activation, const Tensor& v) {
-  switch (activation) {
-    case Activation::silu: return at::silu(v);
-    case Activation::gelu: return at::gelu(v);
-    case Activation::gelu_tanh: return at::gelu(v, "tanh");
-    case Activation::relu: return at::relu(v);
-    case Activation::relu2: break;
-  }
-  const Tensor r = at::relu(v);
-  return r.square();
-}
-
 // ---------------------------------------------------------------------------------- operators
 
 // One projection's checked arguments.
-struct Projection {
-  Tensor weight;     // [K, N] contiguous
-  Tensor threshold;  // [K] float32 contiguous
-  Tensor bias;       // [N] contiguous, or undefined
-  Tensor scale;      // [T] float32 contiguous, or undefined
+struct Projection : Vectors {
+  Tensor weight;  // [K, N] contiguous
 };
 
 Projection check(const char* op, const char* prefix, const Tensor& x, int64_t tokens,
                  const Tensor& weight, const Tensor& threshold, const OptionalTensor& bias,
                  const OptionalTensor& scale) {
-  const auto name = [&](const char* what) { return std::string(op) + ": " + prefix + what; };
   const auto weight_name = [&] {
     const std::string projection(prefix, *prefix ? std::strlen(prefix) - 1 : 0);
     return std::string(op) + ": " + (*prefix ? projection : "weight");
@@ -409,72 +244,14 @@ Projection check(const char* op, const char* prefix, const Tensor& x, int64_t to
               " must be contiguous (K-major: row j holds what multiplies x_j), got strides ",
               weight.strides());
   TORCH_CHECK(K < INT32_MAX, weight_name(), " has too many rows: ", K);
-  TORCH_CHECK(threshold.dim() == 1 && threshold.size(0) == K, name("threshold"),
-              " must have shape [", K, "], got ", threshold.sizes());
-  TORCH_CHECK(threshold.scalar_type() == at::kFloat, name("threshold"), " must be float32, got ",
-              threshold.scalar_type());
-  Projection p{weight, threshold.contiguous(), {}, {}};
-  if (bias.has_value() && bias->defined()) {
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(1), name("bias"),
-                " must have shape [", weight.size(1), "], got ", bias->sizes());
-    TORCH_CHECK(bias->scalar_type() == x.scalar_type(), name("bias"), " must have x's dtype ",
-                x.scalar_type(), ", got ", bias->scalar_type());
-    p.bias = bias->contiguous();
-  }
-  if (scale.has_value() && scale->defined()) {
-    TORCH_CHECK(scale->numel() == tokens, name("scale"), " must have ", tokens,
-                " entries (one for each token of x), got shape ", scale->sizes());
-    TORCH_CHECK(scale->scalar_type() == at::kFloat, name("scale"), " must be float32, got ",
-                scale->scalar_type());
-    p.scale = scale->contiguous().view({tokens});
-  }
-  const auto on_cpu = [](const Tensor& t) { return !t.defined() || t.is_cpu(); };
-  TORCH_CHECK(on_cpu(weight) && on_cpu(threshold) && on_cpu(p.bias) && on_cpu(p.scale), op,
-              ": x is on the CPU, the other arguments must be too");
-  return p;
-}
-
-void check_input(const char* op, const Tensor& x, bool weights_require_grad) {
-  TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar");
-  TORCH_CHECK(x.is_floating_point(), op, ": x must be a floating-point tensor, got ",
-              x.scalar_type());
-  TORCH_CHECK(!at::GradMode::is_enabled() || !(x.requires_grad() || weights_require_grad), op,
-              " has no backward; call it under torch.no_grad() or with tensors that do not require "
-              "grad");
+  TORCH_CHECK(weight.is_cpu(), op, ": x is on the CPU, the other arguments must be too");
+  return {check_vectors(op, prefix, x, tokens, weight.size(1), threshold, bias, scale), weight};
 }
 
 bool fast(const Tensor& x, int64_t tokens, int64_t N) {
   const auto dtype = x.scalar_type();
   return (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) && tokens > 0 &&
       tokens <= (dtype == at::kFloat ? kMaxTokensFloat : kMaxTokensHalf) && x.size(-1) > 0 && N > 0;
-}
-
-const float* data_or_null(const Tensor& t) {
-  return t.defined() ? t.const_data_ptr<float>() : nullptr;
-}
-
-template <class T>
-void add_bias(float* acc, int tokens, int64_t width, const Tensor& bias, int64_t first) {
-  if (!bias.defined()) return;
-  const T* b = bias.const_data_ptr<T>() + first;
-  for (int t = 0; t < tokens; ++t)
-    for (int64_t n = 0; n < width; ++n) acc[t * width + n] += static_cast<float>(b[n]);
-}
-
-// acc[t][0 .. width) += residual[t][first ..), residual [tokens][N] or null.
-template <class T>
-void add_residual(float* acc, int tokens, int64_t width, const T* residual, int64_t N,
-                  int64_t first) {
-  if (!residual) return;
-  for (int t = 0; t < tokens; ++t)
-    for (int64_t n = 0; n < width; ++n)
-      acc[t * width + n] += static_cast<float>(residual[t * N + first + n]);
-}
-
-// Two lists, since sparse_gate_up can need both at once.
-KeptRows& kept_rows(int which) {
-  static thread_local KeptRows rows[2];
-  return rows[which];
 }
 
 template <class T>
@@ -492,8 +269,9 @@ void linear_fast(const Tensor& x, int64_t all_tokens, const Projection& p, const
     for_tiles<T>(N, tokens, rows.count * sizeof(T), [&](int64_t first, int64_t width) {
       alignas(kLine) float acc[kTile];
       accumulate(rows, tokens, weight, N, first, width, acc);
-      add_bias<T>(acc, tokens, width, p.bias, first);
-      add_residual(acc, tokens, width, stream ? stream + t0 * N : nullptr, N, first);
+      add_bias<T>(acc, tokens, width, p.bias, first, width);
+      add_residual(acc, tokens, width, stream ? stream + t0 * N : nullptr, N, first,
+                   width);
       for (int t = 0; t < tokens; ++t)
         for (int64_t n = 0; n < width; ++n)
           out[(t0 + t) * N + first + n] = static_cast<T>(acc[t * width + n]);
@@ -528,8 +306,8 @@ void gate_up_fast(const Tensor& x, int64_t all_tokens, const Projection& gate,
       alignas(kLine) float u[kTile];
       accumulate(gate_rows, tokens, gate_weight, N, first, width, g);
       accumulate(up_rows, tokens, up_weight, N, first, width, u);
-      add_bias<T>(g, tokens, width, gate.bias, first);
-      add_bias<T>(u, tokens, width, up.bias, first);
+      add_bias<T>(g, tokens, width, gate.bias, first, width);
+      add_bias<T>(u, tokens, width, up.bias, first, width);
       activate(activation, g, tokens * width);
       for (int t = 0; t < tokens; ++t)
         for (int64_t n = 0; n < width; ++n)
@@ -538,26 +316,10 @@ void gate_up_fast(const Tensor& x, int64_t all_tokens, const Projection& gate,
   }
 }
 
-// x with the dropped entries set to zero; x is [T, K].
-Tensor masked(const Tensor& x, const Projection& p) {
-  Tensor limit = p.threshold;
-  if (p.scale.defined()) limit = limit.mul(p.scale.unsqueeze(1));
-  const Tensor drop = x.abs().to(at::kFloat).le(limit.clamp_max(FLT_MAX));
-  return x.masked_fill(drop, 0);
-}
-
-// Fills y [..., N] in blocks of columns with f(dtype, first, width), computed in the accumulation
-// dtype. The blocks bound the size of the float32 copies that 16-bit weights need.
-template <class F>
-void fill_blocks(Tensor& y, int64_t tokens, const F& f) {
-  const auto dtype = y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const int64_t N = y.size(-1);
-  const int64_t block = y.scalar_type() == dtype ? N : kCopyColumns;
-  Tensor flat = y.view({tokens, N});
-  for (int64_t n = 0; n < N; n += block) {
-    const int64_t width = std::min(block, N - n);
-    flat.narrow(1, n, width).copy_(f(dtype, n, width));
-  }
+// Columns converted at a time: a weight that is in the accumulation dtype is used as it lies.
+int64_t copy_columns(const Tensor& y) {
+  const bool half = y.scalar_type() != at::kFloat && y.scalar_type() != at::kDouble;
+  return half ? kCopyColumns : std::max<int64_t>(1, y.size(-1));
 }
 
 // Columns [first, first + width) of the projection in `dtype`.
@@ -579,18 +341,11 @@ Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& thresh
   const int64_t N = weight.size(1);
   auto shape = x.sizes().vec();
   shape.back() = N;
-  Tensor stream;  // [T, N] contiguous, or undefined
-  if (residual.has_value() && residual->defined()) {
-    TORCH_CHECK(residual->sizes().equals(shape) && residual->is_cpu(), op,
-                ": residual must have shape ", shape, " on the CPU, got ", residual->sizes());
-    TORCH_CHECK(residual->scalar_type() == x.scalar_type(), op, ": residual must have x's dtype ",
-                x.scalar_type(), ", got ", residual->scalar_type());
-    stream = residual->contiguous().view({tokens, N});
-  }
+  const Tensor stream = check_residual(op, x, tokens, shape, residual);
   Tensor y = at::empty(shape, x.options());
   if (!fast(x, tokens, N)) {
     const Tensor m = masked(x.reshape({tokens, K}), p);
-    fill_blocks(y, tokens, [&](at::ScalarType dtype, int64_t first, int64_t width) {
+    fill_blocks(y, tokens, copy_columns(y), [&](at::ScalarType dtype, int64_t first, int64_t width) {
       Tensor part = columns(m, p, dtype, first, width);
       return stream.defined() ? part.add_(stream.narrow(1, first, width)) : part;
     });
@@ -626,7 +381,7 @@ Tensor sparse_gate_up(const Tensor& x, const Tensor& gate, const Tensor& up,
   if (!fast(x, tokens, N)) {
     const Tensor flat = x.reshape({tokens, K});
     const Tensor gate_in = masked(flat, g), up_in = masked(flat, u);
-    fill_blocks(h, tokens, [&](at::ScalarType dtype, int64_t first, int64_t width) {
+    fill_blocks(h, tokens, copy_columns(h), [&](at::ScalarType dtype, int64_t first, int64_t width) {
       return activate(activation, columns(gate_in, g, dtype, first, width))
           .mul_(columns(up_in, u, dtype, first, width));
     });
@@ -749,11 +504,12 @@ Tensor mean_scale(const Tensor& x) {
 }
 
 }  // namespace
+}  // namespace wina
 
 TORCH_LIBRARY_IMPL(wina, CPU, m) {
-  m.impl("mean_scale", TORCH_FN(mean_scale));
-  m.impl("sparse_linear", TORCH_FN(sparse_linear));
-  m.impl("sparse_group", TORCH_FN(sparse_group));
-  m.impl("topk_scale", TORCH_FN(topk_scale));
-  m.impl("sparse_gate_up", TORCH_FN(sparse_gate_up));
+  m.impl("mean_scale", TORCH_FN(wina::mean_scale));
+  m.impl("sparse_linear", TORCH_FN(wina::sparse_linear));
+  m.impl("sparse_group", TORCH_FN(wina::sparse_group));
+  m.impl("topk_scale", TORCH_FN(wina::topk_scale));
+  m.impl("sparse_gate_up", TORCH_FN(wina::sparse_gate_up));
 }

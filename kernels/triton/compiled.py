@@ -34,7 +34,11 @@ SHARED_PER_SM = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100
 THREADS_PER_SM = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048}
 REGISTERS_PER_SM = 65536
 _POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "int4": 0.5}
+# Weights stored as integers, loaded as words: BITS.
+_INTEGERS = {"int8": 8, "int4": 4}
+_WEIGHTS = ("w_ptr", "gate_ptr", "up_ptr")
+_SCALES = ("s_ptr", "gate_s_ptr", "up_s_ptr")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -88,10 +92,16 @@ class Variant:
     activation: str = "silu"
     align: int = 16
     splits: int = 1
+    weights: str | None = None
+
+    @property
+    def itemsize(self) -> float:
+        """Bytes of one weight; weights are of x's ``dtype`` unless ``weights`` names another."""
+        return _BYTES[self.weights or self.dtype]
 
     def __str__(self) -> str:
         options = (
-            self.kernel, self.dtype, "many" if self.many else "one",
+            self.kernel, self.weights or "", self.dtype, "many" if self.many else "one",
             f"{self.launch.row_bytes}Bx{self.launch.block_k}",
             f"w{self.launch.warps}", f"s{self.launch.stages}",
             self.activation if "gate" in self.kernel else "", "extras" if self.extras else "",
@@ -133,23 +143,14 @@ def variants(thorough: bool) -> Iterator[Variant]:
     Activations, which stand outside of the loop, take turns on one configuration of bfloat16.
     """
     for dtype in _POINTERS:
-        for many in (False, True):
-            for launch in shipped("sparse_linear", many, _BYTES[dtype]):
-                for kernel in ("sparse_linear", "sparse_group"):
-                    plain = Variant(kernel, dtype, many, launch)
-                    yield plain
-                    if thorough:
-                        yield replace(plain, extras=True)
-                        yield replace(plain, splits=4)
-            for i, launch in enumerate(shipped("sparse_gate_up", many, _BYTES[dtype])):
-                plain = Variant("sparse_gate_up", dtype, many, launch)
-                yield plain
-                if thorough:
-                    turns = None if (dtype, i) == ("bfloat16", 0) else 1
-                    for activation in list(reference.ACTIVATIONS)[:turns]:
-                        yield replace(plain, extras=True, activation=activation)
+        for weights in (None, *_INTEGERS):
+            for many in (False, True):
+                yield from _products(dtype, weights, many, thorough)
         sums = Launch(
-            sparse_linear.ADD_SPLITS_BLOCK_N * _BYTES[dtype], 1, sparse_linear.ADD_SPLITS_WARPS, 1
+            int(sparse_linear.ADD_SPLITS_BLOCK_N * _BYTES[dtype]),
+            1,
+            sparse_linear.ADD_SPLITS_WARPS,
+            1,
         )
         for kernel in ("add_splits", "add_group_splits"):
             yield Variant(kernel, dtype, False, sums, extras=True, splits=8)
@@ -160,11 +161,30 @@ def variants(thorough: bool) -> Iterator[Variant]:
                 yield Variant(kernel, dtype, True, Launch(0, block, warps, 1))
 
 
+def _products(dtype: str, weights: str | None, many: bool, thorough: bool) -> Iterator[Variant]:
+    itemsize = _BYTES[weights or dtype]
+    for launch in shipped("sparse_linear", many, itemsize):
+        for kernel in ("sparse_linear", "sparse_group")[: None if weights is None else 1]:
+            plain = Variant(kernel, dtype, many, launch, weights=weights)
+            yield plain
+            if thorough:
+                yield replace(plain, extras=True)
+                yield replace(plain, splits=4)
+    for i, launch in enumerate(shipped("sparse_gate_up", many, itemsize)):
+        plain = Variant("sparse_gate_up", dtype, many, launch, weights=weights)
+        yield plain
+        if thorough:
+            turns = None if (dtype, weights, i) == ("bfloat16", None, 0) else 1
+            for activation in list(reference.ACTIVATIONS)[:turns]:
+                yield replace(plain, extras=True, activation=activation)
+
+
 def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """Kernel, constants and the types of the other arguments."""
     pointer, launch = _POINTERS[variant.dtype], variant.launch
     kernel = KERNELS[variant.kernel]
     names = kernel.function.arg_names
+    bits = _INTEGERS.get(variant.weights or "", 0)
     constants: dict[str, Any] = {
         "ALIGN": variant.align,
         "K_ALIGN": variant.align,
@@ -172,22 +192,26 @@ def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, str]]:
         "ACTIVATION": variant.activation,
         "BLOCK_T": launch.block_t(2 if variant.many else 1),
         "BLOCK_K": launch.block_k,
-        "BLOCK_N": launch.block_n(_BYTES[variant.dtype]),
+        "BLOCK_N": launch.block_n(variant.itemsize),
         "STAGES": launch.stages,
+        "BITS": bits,
         "BLOCK": launch.block_k,
     }
     if variant.splits == 1:
         constants["partial_ptr"] = None
     if not variant.extras:
         constants.update(dict.fromkeys(kernel.optional))
+    if not bits:
+        constants.update(dict.fromkeys(_SCALES))
     constants = {name: value for name, value in constants.items() if name in names}
     types = {}
     for name in names:
         if name in constants:
             types[name] = "constexpr"
         elif name.endswith("_ptr"):
+            integer = name in _SCALES or (bits and name in _WEIGHTS)
             float32 = re.search(r"(^|_)t\d?_ptr|scale|partial", name)
-            types[name] = "*fp32" if float32 else pointer
+            types[name] = "*i32" if integer else "*fp32" if float32 else pointer
         else:
             types[name] = "i32"
     return kernel.function, constants, types

@@ -52,9 +52,9 @@ class Launch:
     stages: int
     k_splits: int = 1
 
-    def block_n(self, itemsize: int) -> int:
-        """Columns of the tile."""
-        return self.row_bytes // itemsize
+    def block_n(self, itemsize: float) -> int:
+        """Columns of the tile, for weights of ``itemsize`` bytes (0.5 for 4 bits)."""
+        return int(self.row_bytes / itemsize)
 
     def block_t(self, tokens: int) -> int:
         """Tokens of the tile: one, or the 16 rows of a tensor-core product."""
@@ -76,7 +76,7 @@ class Launch:
         return math.gcd(16, *sizes)
 
 
-def choose(kernel: str, card: Card, tokens: int, K: int, N: int, itemsize: int) -> Launch:
+def choose(kernel: str, card: Card, tokens: int, K: int, N: int, itemsize: float) -> Launch:
     """The configuration for a call.
 
     Args:
@@ -84,7 +84,7 @@ def choose(kernel: str, card: Card, tokens: int, K: int, N: int, itemsize: int) 
         card: the device.
         tokens: 1 to 16.
         K, N: shape of one weight.
-        itemsize: bytes of one element of x and the weight.
+        itemsize: bytes of one weight: 2 or 4 in x's dtype, 1 and 0.5 as 8 and 4 bits.
     """
     many = tokens > 1
     tuned = _nearest(_device_table(card.name).get("shapes", []), kernel, many, K, N, itemsize)
@@ -106,7 +106,7 @@ def token_limit(device: str) -> Limit:
     return Limit(min(MAX_TOKENS, tokens), measured is not None)
 
 
-def _by_rule(kernel: str, sms: int, many: bool, K: int, N: int, itemsize: int) -> Launch:
+def _by_rule(kernel: str, sms: int, many: bool, K: int, N: int, itemsize: float) -> Launch:
     for rule in _default_table()["rules"][_class_of(kernel, many, itemsize)]:
         launch = Launch(**rule["launch"])
         tiles = -(-N // launch.block_n(itemsize))
@@ -119,7 +119,7 @@ def _by_rule(kernel: str, sms: int, many: bool, K: int, N: int, itemsize: int) -
     raise AssertionError("the last rule of every class accepts any number of tiles")
 
 
-def shipped(kernel: str, many: bool, itemsize: int) -> list[Launch]:
+def shipped(kernel: str, many: bool, itemsize: float) -> list[Launch]:
     """Every configuration that the tables can give, K splits aside."""
     rules = _default_table()["rules"][_class_of(kernel, many, itemsize)]
     found = [Launch(**rule["launch"]) for rule in rules]
@@ -159,8 +159,8 @@ def launch_fields(launch: Launch) -> dict[str, int]:
     return {name: value for name, value in asdict(launch).items() if value != default[name]}
 
 
-def _class_of(kernel: str, many: bool, itemsize: int) -> str:
-    return f"{kernel}/{'many' if many else 'one'}/{8 * itemsize}"
+def _class_of(kernel: str, many: bool, itemsize: float) -> str:
+    return f"{kernel}/{'many' if many else 'one'}/{8 * itemsize:g}"
 
 
 @cache
@@ -187,12 +187,12 @@ def _file_stem(device: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
 
 
-def _matches(row: dict[str, Any], kernel: str, many: bool, itemsize: int) -> bool:
+def _matches(row: dict[str, Any], kernel: str, many: bool, itemsize: float) -> bool:
     return (row["kernel"], row["many"], row["itemsize"]) == (kernel, many, itemsize)
 
 
 def _nearest(
-    table: list[dict[str, Any]], kernel: str, many: bool, K: int, N: int, itemsize: int
+    table: list[dict[str, Any]], kernel: str, many: bool, K: int, N: int, itemsize: float
 ) -> Launch | None:
     def distance(row: dict[str, Any]) -> float:
         return max(abs(math.log(row["K"] / K)), abs(math.log(row["N"] / N)))

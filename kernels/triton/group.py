@@ -58,13 +58,13 @@ def sparse_group_kernel(
     if scale0_ptr is not None:
         scale_ptr = chosen(which, scale0_ptr, scale1_ptr, scale2_ptr)
     column_tile(
-        x_ptr, chosen(which, w0_ptr, w1_ptr, w2_ptr), chosen(which, t0_ptr, t1_ptr, t2_ptr),
+        x_ptr, chosen(which, w0_ptr, w1_ptr, w2_ptr), None, chosen(which, t0_ptr, t1_ptr, t2_ptr),
         bias_ptr, scale_ptr, None, chosen(which, y0_ptr, y1_ptr, y2_ptr), partial_ptr,
         T, k_units * K_ALIGN, chosen(which, n0_units, n1_units, n2_units) * ALIGN,
-        chosen(which, stride0_units, stride1_units, stride2_units) * ALIGN,
+        chosen(which, stride0_units, stride1_units, stride2_units) * ALIGN, 0,
         tile - chosen(which, 0, tiles0, tiles0 + tiles1), blocks, width_units * ALIGN,
         chosen(which, 0, n0_units, n0_units + n1_units) * ALIGN,
-        SPLITS, BLOCK_T, BLOCK_K, BLOCK_N, STAGES,
+        SPLITS, BLOCK_T, BLOCK_K, BLOCK_N, STAGES, 0,
     )  # fmt: skip
 
 

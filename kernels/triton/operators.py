@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wina.kernels import ops
 from wina.kernels.ops import Arguments
+from wina.kernels.quantization import QuantizedWeight
 from wina.kernels.triton import DTYPES, gate_up, group, selection, sparse_linear
 from wina.kernels.triton.config import card_of, choose, token_limit
 
@@ -25,6 +26,12 @@ def register(key: str = "CUDA") -> None:
     """Make the kernels the implementation of the operators for one dispatch key."""
     ops.register("sparse_linear", key, _sparse_linear, lambda a: has_kernel(a.x, a.weight))
     ops.register("sparse_gate_up", key, _sparse_gate_up, lambda a: has_kernel(a.x, a.gate, a.up))
+    ops.register(
+        "sparse_linear_quantized", key, _linear_quantized, lambda a: has_kernel(a.x, a.packed)
+    )
+    ops.register(
+        "sparse_gate_up_quantized", key, _gate_up_quantized, lambda a: has_kernel(a.x, a.gate)
+    )
     ops.register("sparse_group", key, _sparse_group, lambda a: has_kernel(a.x, *a.weights))
     ops.register("topk_scale", key, _topk_scale, lambda a: has_selection(a.x))
     ops.register("mean_scale", key, _mean_scale, lambda a: has_selection(a.x))
@@ -67,6 +74,36 @@ def _sparse_gate_up(a: Arguments) -> Tensor:
             _per_token(a.gate_scale), _per_token(a.up_scale), config,
         )  # fmt: skip
     return h.view(*a.x.shape[:-1], N)
+
+
+def _linear_quantized(a: Arguments) -> Tensor:
+    flat, K = _tokens(a.x), a.x.shape[-1]
+    config = choose(
+        "sparse_linear", card_of(a.x.device), len(flat), K, a.columns, a.bits / 8
+    )  # fmt: skip
+    with torch.cuda.device(a.x.device):
+        y = sparse_linear.launch(
+            flat, QuantizedWeight(a.packed, a.scales, a.columns, a.bits), a.threshold.contiguous(),
+            _contiguous(a.bias), _per_token(a.scale), config,
+            None if a.residual is None else _tokens(a.residual),
+        )  # fmt: skip
+    return y.view(*a.x.shape[:-1], a.columns)
+
+
+def _gate_up_quantized(a: Arguments) -> Tensor:
+    flat, K = _tokens(a.x), a.x.shape[-1]
+    config = choose(
+        "sparse_gate_up", card_of(a.x.device), len(flat), K, a.columns, a.bits / 8
+    )  # fmt: skip
+    with torch.cuda.device(a.x.device):
+        h = gate_up.launch(
+            flat, QuantizedWeight(a.gate, a.gate_scales, a.columns, a.bits),
+            QuantizedWeight(a.up, a.up_scales, a.columns, a.bits),
+            a.gate_threshold.contiguous(), a.up_threshold.contiguous(), a.activation,
+            _contiguous(a.gate_bias), _contiguous(a.up_bias),
+            _per_token(a.gate_scale), _per_token(a.up_scale), config,
+        )  # fmt: skip
+    return h.view(*a.x.shape[:-1], a.columns)
 
 
 def _sparse_group(a: Arguments) -> list[Tensor]:

@@ -11,30 +11,32 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
+from wina.kernels.quantization import QuantizedWeight
 from wina.kernels.triton.config import Launch
-from wina.kernels.triton.tile import product, with_bias
+from wina.kernels.triton.operand import operand
+from wina.kernels.triton.tile import product, row_stride, tile_columns, with_bias
 
 
 @triton.jit
 def column_tile(
-    x_ptr, w_ptr, t_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, partial_ptr,
-    T, K, N, stride_k, tile, blocks, width, offset,
+    x_ptr, w_ptr, s_ptr, t_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, partial_ptr,
+    T, K, N, stride_k, stride_s, tile, blocks, width, offset,
     SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """One column tile of y [T, N], or of this split's float32 partial sums.
 
     Partial sums are [SPLITS, T, width], this weight's columns from ``offset`` on.
     """
-    cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tile_columns(tile, BLOCK_N, BITS)
     in_row = cols < N
     split = tl.program_id(1)
     rows = blocks * BLOCK_K
     first = split * rows
     last = tl.minimum(first + rows, K)
     acc = product(
-        x_ptr, w_ptr, t_ptr, scale_ptr, T, K, first, last, stride_k, cols, in_row,
-        BLOCK_T, BLOCK_K, BLOCK_N, STAGES,
+        x_ptr, w_ptr, s_ptr, t_ptr, scale_ptr, T, K, first, last, stride_k, stride_s, tile, cols,
+        in_row, BLOCK_T, BLOCK_K, BLOCK_N, STAGES, BITS,
     )  # fmt: skip
     tokens = tl.arange(0, BLOCK_T)
     mask = (tokens < T)[:, None] & in_row[None, :]
@@ -70,19 +72,20 @@ def added_tile(
     tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=in_row)
 
 
-@triton.jit(do_not_specialize=["T", "k_units", "n_units", "stride_units", "blocks"])
+@triton.jit(do_not_specialize=["T", "k_units", "n_units", "stride_units", "stride_s", "blocks"])
 def sparse_linear_kernel(
-    x_ptr, w_ptr, t_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, partial_ptr,
-    T, k_units, n_units, stride_units, blocks,
+    x_ptr, w_ptr, s_ptr, t_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, partial_ptr,
+    T, k_units, n_units, stride_units, stride_s, blocks,
     ALIGN: tl.constexpr, K_ALIGN: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
     """Program (column tile, split): y, or the split's float32 partial sums [SPLITS, T, N]."""
     N = n_units * ALIGN
     column_tile(
-        x_ptr, w_ptr, t_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, partial_ptr,
-        T, k_units * K_ALIGN, N, stride_units * ALIGN, tl.program_id(0), blocks, N, 0,
-        SPLITS, BLOCK_T, BLOCK_K, BLOCK_N, STAGES,
+        x_ptr, w_ptr, s_ptr, t_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, partial_ptr,
+        T, k_units * K_ALIGN, N, row_stride(stride_units, ALIGN, BITS), stride_s,
+        tl.program_id(0), blocks, N, 0, SPLITS, BLOCK_T, BLOCK_K, BLOCK_N, STAGES, BITS,
     )  # fmt: skip
 
 
@@ -104,7 +107,7 @@ ADD_SPLITS_WARPS = 2
 
 def launch(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     threshold: Tensor,
     bias: Tensor | None,
     scale: Tensor | None,
@@ -115,7 +118,7 @@ def launch(
 
     Args:
         x: [T, K], contiguous.
-        weight: [K, N], rows contiguous.
+        weight: [K, N], rows contiguous, or quantized.
         threshold: [K] float32.
         bias: [N] or None.
         scale: [T] float32 or None.
@@ -123,19 +126,20 @@ def launch(
         residual: [T, N], contiguous, or None.
     """
     T, K = x.shape
-    N = weight.shape[1]
+    w = operand(weight)
+    N = w.columns
     y = torch.empty((T, N), dtype=x.dtype, device=x.device)
-    align, k_align = config.align(N, weight.stride(0)), config.align(K)
-    block_n = config.block_n(x.itemsize)
+    align, k_align = w.align, config.align(K)
+    block_n = config.block_n(w.itemsize)
     splits, blocks = config.splits(K)
     partial = None
     if splits > 1:
         partial = torch.empty((splits, T, N), dtype=torch.float32, device=x.device)
     sparse_linear_kernel[(triton.cdiv(N, block_n), splits)](
-        x, weight, threshold, bias, scale, residual, y, partial,
-        T, K // k_align, N // align, weight.stride(0) // align, blocks,
+        x, w.data, w.scales, threshold, bias, scale, residual, y, partial,
+        T, K // k_align, N // align, w.stride_units, w.scale_stride, blocks,
         ALIGN=align, K_ALIGN=k_align, SPLITS=splits, BLOCK_T=config.block_t(T),
-        BLOCK_K=config.block_k, BLOCK_N=block_n, STAGES=config.stages,
+        BLOCK_K=config.block_k, BLOCK_N=block_n, STAGES=config.stages, BITS=w.bits,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     if partial is not None:

@@ -16,6 +16,7 @@ QUICK = [
     for cc in TARGETS
     if (v.dtype == "bfloat16" and (cc in (80, 90) or v.kernel == "sparse_linear"))
     or (v.dtype == "float32" and cc == 90)
+    if v.weights is None or (v.dtype, cc) == ("bfloat16", 90)
 ]
 # float16 differs from bfloat16 in conversions only: one target of each generation.
 ALL = [(v, cc) for v in variants(True) for cc in TARGETS if v.dtype != "float16" or cc in (80, 90)]

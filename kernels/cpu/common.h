@@ -1,0 +1,288 @@
+// What the native kernels share: constants, vectors, the list of kept rows, activations, and the
+// checks of arguments. See sparse.cpp for the scheme.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/mean.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/silu.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace wina {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Tuning constants, measured on two Zen 3 cores (DDR4, about 30 GB/s).
+constexpr int kGroup = 8;  // kept rows read side by side: streams for the prefetcher
+constexpr int64_t kTile = 4096;  // float32 accumulators of one tile: 16 KiB of L1
+constexpr int64_t kShortBytes = 4096;  // a slice shorter than this is prefetched as a whole,
+constexpr int64_t kHeadBytes = 512;  // of a longer one only the beginning
+constexpr int64_t kLeadBytes = 8192;  // how far ahead of the arithmetic to prefetch
+constexpr int64_t kMaxLead = 128;  // the same in rows, and the padding of the row list
+constexpr int64_t kSerialBytes = 32768;  // a thread gets at least this much to read
+constexpr int64_t kMaxTokens = 16;  // tokens of one pass over the weight
+// More tokens than these: a dense matmul of the masked input. 16-bit weights stay longer, since a
+// K-major 16-bit matmul is a hundred times slower than these kernels where oneDNN has no AVX-512,
+// and the way around it makes float32 copies.
+constexpr int64_t kMaxTokensFloat = 32;
+constexpr int64_t kMaxTokensHalf = 128;
+constexpr int64_t kCopyColumns = 1024;  // columns of a 16-bit weight copied at a time
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
+// ------------------------------------------------------------------------------------ vectors
+
+// GCC and Clang lower these to whatever the machine has (AVX2, AVX-512, NEON, SSE2).
+constexpr int kLanes = 8;
+typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+
+inline Floats load(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+
+// ----------------------------------------------------------------------------------- the mask
+
+// The rows that at least one token keeps, in ascending order.
+struct KeptRows {
+  std::vector<int32_t> index;  // count entries, then kMaxLead + kGroup repeats for the prefetcher
+  std::vector<float> coef;     // [count][tokens], 0 where a token drops the row
+  std::vector<float> scratch;
+  int64_t count = 0;
+};
+
+inline float cutoff(float threshold, float scale) {
+  // FLT_MAX, so that |Inf| > cutoff even when the threshold is +inf. A NaN passes and keeps.
+  const float t = threshold * scale;
+  return t > FLT_MAX ? FLT_MAX : t;
+}
+
+template <class T>
+void select_rows(KeptRows& rows, const T* x, int64_t K, int tokens, const float* threshold,
+                 const float* scale) {
+  // Grow only: no allocation from the second call on.
+  const auto grow = [](auto& v, int64_t n) {
+    if (static_cast<int64_t>(v.size()) < n) v.resize(n);
+  };
+  grow(rows.index, K + kMaxLead + kGroup);
+  grow(rows.coef, (K + 1) * tokens);
+  int32_t* index = rows.index.data();
+  float* coef = rows.coef.data();
+  int64_t count = 0;
+  if (tokens == 1) {
+    const float s = scale ? scale[0] : 1.0f;
+    // Branch-free: always write, advance only when kept.
+    for (int64_t j = 0; j < K; ++j) {
+      const float v = static_cast<float>(x[j]);
+      index[count] = static_cast<int32_t>(j);
+      coef[count] = v;
+      count += !(std::fabs(v) <= cutoff(threshold[j], s));
+    }
+  } else {
+    for (int64_t j = 0; j < K; ++j) {
+      float* c = coef + count * tokens;
+      bool any = false;
+      for (int t = 0; t < tokens; ++t) {
+        const float v = static_cast<float>(x[t * K + j]);
+        const bool keep = !(std::fabs(v) <= cutoff(threshold[j], scale ? scale[t] : 1.0f));
+        c[t] = keep ? v : 0.0f;
+        any |= keep;
+      }
+      index[count] = static_cast<int32_t>(j);
+      count += any;
+    }
+  }
+  std::fill_n(index + count, kMaxLead + kGroup, count ? index[count - 1] : 0);
+  rows.count = count;
+}
+
+// Two lists, since sparse_gate_up can need both at once.
+KeptRows& kept_rows(int which) {
+  static thread_local KeptRows rows[2];
+  return rows[which];
+}
+
+// ------------------------------------------------------------------------------- activations
+
+enum class Activation { silu, gelu, gelu_tanh, relu, relu2 };
+
+Activation parse_activation(c10::string_view name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "relu") return Activation::relu;
+  if (name == "relu2") return Activation::relu2;
+  TORCH_CHECK(false, "wina::sparse_gate_up: unknown activation \"", name,
+              "\"; known: silu, gelu, gelu_tanh, relu, relu2");
+}
+
+void activate(Activation activation, float* v, int64_t n) {
+  switch (activation) {
+    case Activation::silu:
+      for (int64_t i = 0; i < n; ++i) v[i] = v[i] / (1.0f + std::exp(-v[i]));
+      return;
+    case Activation::gelu:
+      for (int64_t i = 0; i < n; ++i)
+        v[i] = 0.5f * v[i] * (1.0f + std::erf(v[i] * 0.70710678118654752f));
+      return;
+    case Activation::gelu_tanh:
+      for (int64_t i = 0; i < n; ++i) {
+        const float inner = 0.79788456080286536f * (v[i] + 0.044715f * v[i] * v[i] * v[i]);
+        v[i] = 0.5f * v[i] * (1.0f + std::tanh(inner));
+      }
+      return;
+    case Activation::relu:  // a NaN is not < 0: it stays
+      for (int64_t i = 0; i < n; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i];
+      return;
+    case Activation::relu2:
+      for (int64_t i = 0; i < n; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i] * v[i];
+      return;
+  }
+}
+
+Tensor activate(Activation activation, const Tensor& v) {
+  switch (activation) {
+    case Activation::silu: return at::silu(v);
+    case Activation::gelu: return at::gelu(v);
+    case Activation::gelu_tanh: return at::gelu(v, "tanh");
+    case Activation::relu: return at::relu(v);
+    case Activation::relu2: break;
+  }
+  const Tensor r = at::relu(v);
+  return r.square();
+}
+
+// -------------------------------------------------------------------------------- the checks
+
+// The checked vectors of one projection.
+struct Vectors {
+  Tensor threshold;  // [K] float32 contiguous
+  Tensor bias;       // [N] contiguous, or undefined
+  Tensor scale;      // [T] float32 contiguous, or undefined
+};
+
+Vectors check_vectors(const char* op, const char* prefix, const Tensor& x, int64_t tokens,
+                      int64_t N, const Tensor& threshold, const OptionalTensor& bias,
+                      const OptionalTensor& scale) {
+  const auto name = [&](const char* what) { return std::string(op) + ": " + prefix + what; };
+  const int64_t K = x.size(-1);
+  TORCH_CHECK(threshold.dim() == 1 && threshold.size(0) == K, name("threshold"),
+              " must have shape [", K, "], got ", threshold.sizes());
+  TORCH_CHECK(threshold.scalar_type() == at::kFloat, name("threshold"), " must be float32, got ",
+              threshold.scalar_type());
+  Vectors p{threshold.contiguous(), {}, {}};
+  if (bias.has_value() && bias->defined()) {
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == N, name("bias"),
+                " must have shape [", N, "], got ", bias->sizes());
+    TORCH_CHECK(bias->scalar_type() == x.scalar_type(), name("bias"), " must have x's dtype ",
+                x.scalar_type(), ", got ", bias->scalar_type());
+    p.bias = bias->contiguous();
+  }
+  if (scale.has_value() && scale->defined()) {
+    TORCH_CHECK(scale->numel() == tokens, name("scale"), " must have ", tokens,
+                " entries (one for each token of x), got shape ", scale->sizes());
+    TORCH_CHECK(scale->scalar_type() == at::kFloat, name("scale"), " must be float32, got ",
+                scale->scalar_type());
+    p.scale = scale->contiguous().view({tokens});
+  }
+  const auto on_cpu = [](const Tensor& t) { return !t.defined() || t.is_cpu(); };
+  TORCH_CHECK(on_cpu(threshold) && on_cpu(p.bias) && on_cpu(p.scale), op,
+              ": x is on the CPU, the other arguments must be too");
+  return p;
+}
+
+void check_input(const char* op, const Tensor& x, bool weights_require_grad) {
+  TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar");
+  TORCH_CHECK(x.is_floating_point(), op, ": x must be a floating-point tensor, got ",
+              x.scalar_type());
+  TORCH_CHECK(!at::GradMode::is_enabled() || !(x.requires_grad() || weights_require_grad), op,
+              " has no backward; call it under torch.no_grad() or with tensors that do not require "
+              "grad");
+}
+
+// The residual [T, N], contiguous, or undefined.
+Tensor check_residual(const char* op, const Tensor& x, int64_t tokens, at::IntArrayRef shape,
+                      const OptionalTensor& residual) {
+  if (!residual.has_value() || !residual->defined()) return {};
+  TORCH_CHECK(residual->sizes().equals(shape) && residual->is_cpu(), op,
+              ": residual must have shape ", shape, " on the CPU, got ", residual->sizes());
+  TORCH_CHECK(residual->scalar_type() == x.scalar_type(), op, ": residual must have x's dtype ",
+              x.scalar_type(), ", got ", residual->scalar_type());
+  return residual->contiguous().view({tokens, shape.back()});
+}
+
+// ------------------------------------------------------------------------------- the results
+
+const float* data_or_null(const Tensor& t) {
+  return t.defined() ? t.const_data_ptr<float>() : nullptr;
+}
+
+// acc[t * stride + n] += bias[first + n] for n < width.
+template <class T>
+void add_bias(float* acc, int tokens, int64_t width, const Tensor& bias, int64_t first,
+              int64_t stride) {
+  if (!bias.defined()) return;
+  const T* b = bias.const_data_ptr<T>() + first;
+  for (int t = 0; t < tokens; ++t)
+    for (int64_t n = 0; n < width; ++n) acc[t * stride + n] += static_cast<float>(b[n]);
+}
+
+// acc[t * stride + n] += residual[t][first + n] for n < width; residual [tokens][N] or null.
+template <class T>
+void add_residual(float* acc, int tokens, int64_t width, const T* residual, int64_t N,
+                  int64_t first, int64_t stride) {
+  if (!residual) return;
+  for (int t = 0; t < tokens; ++t)
+    for (int64_t n = 0; n < width; ++n)
+      acc[t * stride + n] += static_cast<float>(residual[t * N + first + n]);
+}
+
+// x with the dropped entries set to zero; x is [T, K].
+Tensor masked(const Tensor& x, const Vectors& p) {
+  Tensor limit = p.threshold;
+  if (p.scale.defined()) limit = limit.mul(p.scale.unsqueeze(1));
+  const Tensor drop = x.abs().to(at::kFloat).le(limit.clamp_max(FLT_MAX));
+  return x.masked_fill(drop, 0);
+}
+
+// Fills y [..., N] in blocks of columns with f(dtype, first, width), computed in the accumulation
+// dtype. The blocks bound the size of the float copies of weights of another type.
+template <class F>
+void fill_blocks(Tensor& y, int64_t tokens, int64_t block, const F& f) {
+  const auto dtype = y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const int64_t N = y.size(-1);
+  Tensor flat = y.view({tokens, N});
+  for (int64_t n = 0; n < N; n += block) {
+    const int64_t width = std::min(block, N - n);
+    flat.narrow(1, n, width).copy_(f(dtype, n, width));
+  }
+}
+
+}  // namespace
+}  // namespace wina

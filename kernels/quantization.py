@@ -1,0 +1,199 @@
+"""Weights in 8 or 4 bits: how they are rounded, how they lie in memory, and back to float32.
+
+A weight [K, N] is K-major: row j is what multiplies x_j. A row is cut into groups of
+:data:`GROUP` columns; a group has one scale, and w ≈ scale · q with an integer q. Rows start on
+cache lines, so a channel that is skipped is a row of whole lines that are not read.
+
+- ``int8``: byte n of a row is column n, two's complement in [−127, 127].
+- ``int4``: a group is one cache line, 16 little-endian words of 32 bits; bits 4p to 4p + 3 of word
+  w hold q + 8 of the group's column 16p + w. So a vector of words gives eight runs of consecutive
+  columns by a shift and a mask each: nothing has to be widened or shuffled.
+
+Scales are bfloat16, [K, groups], a kept row's beside each other. A product of q with a bfloat16
+scale is exact in float32. Knows nothing of kernels or models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wina.errors import ConfigError
+
+GROUP = 128
+LINE = 64  # bytes of a cache line
+# Weights rounded at a time: bounds the float32 copies.
+_CHUNK = 1 << 22
+# Below this a scale's reciprocal overflows; such weights are zero in every sense that matters.
+_SMALLEST_SCALE = 1e-37
+
+
+@dataclass(frozen=True)
+class IntegerFormat:
+    """A width of weights.
+
+    Attributes:
+        bits: of one weight.
+        lowest, highest: range of the integer q.
+        full: the integer that the largest weight of a group is first mapped to. Four bits have
+            one negative value more than positive ones, and a scale may be negative: mapping the
+            largest to −8 wastes nothing.
+        shrink: scales to try, as shares of the one that ``full`` gives. Clipping the largest
+            weight pays where there are few levels.
+    """
+
+    bits: int
+    lowest: int
+    highest: int
+    full: int
+    shrink: tuple[float, ...]
+
+    def row_bytes(self, N: int) -> int:
+        """Bytes from one row to the next: whole cache lines."""
+        return -(-N // self.columns_of_line) * LINE
+
+    @property
+    def columns_of_line(self) -> int:
+        """Columns in a cache line."""
+        return LINE * 8 // self.bits
+
+
+FORMATS = {
+    "int8": IntegerFormat(8, -127, 127, 127, (1.0, 0.99)),
+    "int4": IntegerFormat(4, -8, 7, -8, tuple(1.0 - 0.04 * i for i in range(10))),
+}
+
+
+def format_of(bits: int) -> IntegerFormat:
+    """The format of a width; an unknown one raises :class:`ConfigError`."""
+    for known in FORMATS.values():
+        if known.bits == bits:
+            return known
+    raise ConfigError(f"no weights of {bits} bits. Known: {', '.join(FORMATS)}.")
+
+
+def groups_of(N: int) -> int:
+    """Scales of a row in use: one for each started group of columns."""
+    return -(-N // GROUP)
+
+
+def scales_of(N: int) -> int:
+    """Scales of a row as stored: an even number, so that a pair can be loaded as 32 bits."""
+    return groups_of(N) + groups_of(N) % 2
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight [K, N] in the layout above.
+
+    Attributes:
+        packed: [K, row bytes], int8.
+        scales: [K, :func:`scales_of` (N)], bfloat16.
+        columns: N.
+        bits: 8 or 4.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    columns: int
+    bits: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in memory."""
+        return self.packed.nbytes + self.scales.nbytes
+
+    def dequantize(self) -> Tensor:
+        """The weight that every product with it means, [K, N] float32."""
+        return dequantize(self.packed, self.scales, self.columns, self.bits)
+
+
+def quantize(weight: Tensor, dtype: str) -> QuantizedWeight:
+    """Round a K-major weight [K, N] to the nearest values that a format can hold.
+
+    Every group takes, of a few scales, the one with the least squared error (the first of equals):
+    the same weight gives the same bits on every machine.
+
+    Args:
+        weight: any float dtype and strides, on any device.
+        dtype: a key of :data:`FORMATS`.
+
+    Raises:
+        ConfigError: unknown format, or the weight holds NaN or Inf.
+    """
+    if dtype not in FORMATS:
+        raise ConfigError(f"unknown weight dtype {dtype!r}. Known: {', '.join(FORMATS)}.")
+    form = FORMATS[dtype]
+    K, N = weight.shape
+    groups = groups_of(N)
+    packed = torch.empty((K, form.row_bytes(N)), dtype=torch.int8, device=weight.device)
+    scales = torch.zeros((K, scales_of(N)), dtype=torch.bfloat16, device=weight.device)
+    rows = max(1, _CHUNK // max(1, N))
+    for first in range(0, K, rows):
+        chunk = weight[first : first + rows].detach().to(torch.float32)
+        if not chunk.isfinite().all():
+            raise ConfigError(f"the weight holds NaN or Inf: it cannot be rounded to {dtype}")
+        grouped = F.pad(chunk, (0, groups * GROUP - N)).unflatten(1, (groups, GROUP))
+        scale, q = _round_groups(grouped, form)
+        packed[first : first + rows] = _pack(q, form, packed.shape[1])
+        scales[first : first + rows, :groups] = scale
+    return QuantizedWeight(packed, scales, N, form.bits)
+
+
+def dequantize(packed: Tensor, scales: Tensor, columns: int, bits: int) -> Tensor:
+    """[K, N] float32 of the fields of a :class:`QuantizedWeight`."""
+    groups = groups_of(columns)
+    q = _unpack(packed, groups, bits)
+    # In place: the widened integers are the only large copy.
+    q *= scales[:, :groups].to(torch.float32).unsqueeze(-1)
+    return q.flatten(1)[:, :columns]
+
+
+def _round_groups(weight: Tensor, form: IntegerFormat) -> tuple[Tensor, Tensor]:
+    """Scales [k, groups] bfloat16 and integers [k, groups, GROUP] int8 of a padded chunk."""
+    at = weight.abs().argmax(-1, keepdim=True)
+    largest = weight.gather(-1, at)
+    unit = torch.where(largest == 0.0, 1.0, largest)  # of errors, whose squares could overflow
+    best_scale = torch.zeros_like(largest)
+    best_error = torch.full_like(largest, torch.inf)
+    for share in form.shrink:
+        # Rounded to bfloat16 first: the integers are chosen for the scale that will be stored.
+        scale = (largest * (share / form.full)).to(torch.bfloat16).to(torch.float32)
+        error = weight - scale * _integers(weight, scale, form)
+        error = error.div_(unit).square_().sum(-1, keepdim=True)
+        better = error < best_error
+        best_scale = torch.where(better, scale, best_scale)
+        best_error = torch.where(better, error, best_error)
+    q = _integers(weight, best_scale, form)
+    return best_scale.squeeze(-1).to(torch.bfloat16), q.to(torch.int8)
+
+
+def _integers(weight: Tensor, scale: Tensor, form: IntegerFormat) -> Tensor:
+    """round(weight / scale) in range, float32; 0 where the scale is (nearly) 0."""
+    usable = scale.abs() > _SMALLEST_SCALE
+    inverse = torch.where(usable, 1.0 / torch.where(usable, scale, 1.0), 0.0)
+    return (weight * inverse).round_().clamp_(form.lowest, form.highest)
+
+
+def _pack(q: Tensor, form: IntegerFormat, row_bytes: int) -> Tensor:
+    """Integers [k, groups, GROUP] → bytes [k, row bytes] int8."""
+    if form.bits == 8:
+        row = q.flatten(1)
+        return F.pad(row, (0, max(0, row_bytes - row.shape[1])))[:, :row_bytes]
+    # [k, groups, byte of the word, low or high half, word]
+    halves = (q + 8).to(torch.uint8).unflatten(-1, (4, 2, GROUP // 8))
+    words: Tensor = halves[..., 0, :] | (halves[..., 1, :] << 4)
+    return words.transpose(-1, -2).flatten(1).view(torch.int8)
+
+
+def _unpack(packed: Tensor, groups: int, bits: int) -> Tensor:
+    """Bytes [k, row bytes] → integers [k, groups, GROUP], float32 (padding included)."""
+    if format_of(bits).bits == 8:
+        row = F.pad(packed, (0, groups * GROUP - packed.shape[1]))
+        return row.view(len(row), groups, GROUP).to(torch.float32)
+    words = packed.view(torch.uint8).unflatten(1, (groups, GROUP // 8, 4)).transpose(-1, -2)
+    halves = torch.stack((words & 15, words >> 4), dim=-2)
+    return halves.flatten(2).to(torch.float32).sub_(8.0)

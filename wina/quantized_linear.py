@@ -1,0 +1,102 @@
+"""The module that replaces a projection whose weight is kept in 8 or 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from wina.group import scales
+from wina.kernels.dispatch import Choice, choose
+from wina.kernels.quantization import QuantizedWeight, quantize
+from wina.linear import Control, SparseLinear
+from wina.selectors import Selector
+
+
+class QuantizedSparseLinear(SparseLinear):
+    """A :class:`SparseLinear` whose weight is integers with a scale for each row and column group.
+
+    Every product, sparse or dense, is one with the rounded weight. Buffers ``packed`` and
+    ``scales`` stand in the state dict where ``weight`` stood; the original weight is not kept.
+    ``weight`` is computed on every access, [N, K] in the layer's dtype: for code that looks at it.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    like: Tensor
+
+    def __init__(
+        self,
+        original: nn.Linear,
+        name: str,
+        threshold: Tensor,
+        sparsity: float,
+        selector: Selector,
+        control: Control,
+        weight_dtype: str,
+    ) -> None:
+        rounded = quantize(original.weight.t(), weight_dtype)
+        super().__init__(original, name, threshold, sparsity, selector, control)
+        self.bits = rounded.bits
+        self.register_buffer("packed", rounded.packed)
+        self.register_buffer("scales", rounded.scales)
+
+    def _hold(self, original: nn.Linear) -> None:
+        # Follows casts of the model: neither integers nor scales tell what x will be.
+        self.register_buffer("like", original.weight.detach().new_empty(0), persistent=False)
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """The weight [K, N] as kernels take it."""
+        return QuantizedWeight(self.packed, self.scales, self.out_features, self.bits)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The rounded weight [N, K], computed anew."""
+        return self.quantized.dequantize().to(self.like.dtype).t()
+
+    @property
+    def weight_dtype(self) -> str:
+        """``"int8"`` or ``"int4"``."""
+        return f"int{self.bits}"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the integers and their scales."""
+        return self.quantized.bytes
+
+    @property
+    def storage(self) -> Tensor:
+        """An empty tensor with the device and dtype of the products."""
+        return self.like
+
+    def gate_up(self, up: SparseLinear, x: Tensor, activation: str) -> Tensor:
+        """As for float weights; both are rounded to the same width."""
+        assert isinstance(up, QuantizedSparseLinear)
+        return self.choice.backend.sparse_gate_up_quantized(
+            x, self.packed, self.scales, up.packed, up.scales, self.out_features, self.bits,
+            self.threshold, up.threshold, activation, self.bias, up.bias,
+            *scales((self, up), x),
+        )  # fmt: skip
+
+    def _sparse(self, x: Tensor) -> Tensor:
+        scale = self._observed_scale(x)
+        return self.choice.backend.sparse_linear_quantized(
+            x, self.packed, self.scales, self.out_features, self.bits, self.threshold, self.bias,
+            scale,
+        )  # fmt: skip
+
+    def _dense(self, x: Tensor) -> Tensor:
+        return self.choice.backend.dense_linear_quantized(x, self.quantized, self.bias)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedSparseLinear:
+        # A cast of the model must not round the scales again.
+        scales = self.scales
+        super()._apply(fn, recurse)
+        self.scales = scales.to(self.scales.device)
+        return self
+
+    def _choose_again(self) -> Choice:
+        """The backend after a move or a cast: every backend reads the same layout."""
+        return choose(self._layer())
