@@ -32,7 +32,8 @@ Tasks = Annotated[
     str,
     typer.Option(
         help="By commas: tasks of lm-eval (piqa, arc_easy, ...), `perplexity` or "
-        "`perplexity:FILE`, `needle:TOKENS`, `generation` or `generation:FILE`."
+        "`perplexity:FILE`, `needle:TOKENS`, `generation` or `generation:FILE`; with a limit of "
+        "its own: `boolq@50`."
     ),
 ]
 Data = Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from wina.registry import Registry
@@ -86,6 +86,23 @@ class EvalTask(ABC):
             settings: of the grid.
             dense: the saved cell of the dense model for this task; None for the dense model.
         """
+
+
+class Limited(EvalTask):
+    """A task with a limit of its own: ``boolq@50``."""
+
+    def __init__(self, task: EvalTask, limit: int) -> None:
+        self.task = task
+        self.limit = limit
+        self.kind = task.kind
+
+    def identity(self) -> Mapping[str, Any]:
+        """The task's, and the limit."""
+        return {**self.task.identity(), "limit": self.limit}
+
+    def measure(self, lm: Any, settings: Settings, dense: Mapping[str, Any] | None) -> Measurement:
+        """Measure the task on so many documents."""
+        return self.task.measure(lm, replace(settings, limit=self.limit), dense)
 
 
 KINDS: Registry[type[EvalTask]] = Registry("kind of task")

@@ -17,13 +17,14 @@ from wina.errors import WinaError
 from wina.eval import generation, needle, perplexity_task  # noqa: F401  # they register
 from wina.eval.harness import HarnessTask
 from wina.eval.local_tasks import LocalTask, local_tasks, write_tasks
-from wina.eval.measurement import KINDS, EvalTask
+from wina.eval.measurement import KINDS, EvalTask, Limited
 
 
 @contextmanager
 def open_tasks(names: Sequence[str], data: Path | None) -> Iterator[dict[str, EvalTask]]:
     """Name → task: kinds of our own, local files where ``data`` has them, else lm-eval's own.
 
+    A name may end in a limit of its own: ``boolq@50``.
     The definitions of local tasks lie in a temporary folder until the ``with`` block ends.
     """
     if not names:
@@ -32,17 +33,31 @@ def open_tasks(names: Sequence[str], data: Path | None) -> Iterator[dict[str, Ev
         raise WinaError(f"task {sorted(repeated)[0]!r} is named twice")
     local = local_tasks() if data is not None else {}
     with tempfile.TemporaryDirectory(prefix="wina-eval-") as folder:
-        managers = _Managers([local[name] for name in names if name in local], data, Path(folder))
+        plain = {label: _split_limit(label) for label in names}
+        rows = [local[name] for name, _ in plain.values() if name in local]
+        managers = _Managers(rows, data, Path(folder))
         tasks: dict[str, EvalTask] = {}
-        for name in names:
+        for label, (name, limit) in plain.items():
             kind, _, argument = name.partition(":")
+            task: EvalTask
             if kind in KINDS:
                 cls: Any = KINDS[kind]
-                tasks[name] = cls(argument) if argument else cls()
-                continue
-            row = local.get(name)
-            tasks[name] = HarnessTask(name, managers.of(row), row, data)
+                task = cls(argument) if argument else cls()
+            else:
+                row = local.get(name)
+                task = HarnessTask(name, managers.of(row), row, data)
+            tasks[label] = task if limit is None else Limited(task, limit)
         yield tasks
+
+
+def _split_limit(label: str) -> tuple[str, int | None]:
+    """("boolq", 50) of ``"boolq@50"``."""
+    name, at, limit = label.rpartition("@")
+    if not at:
+        return label, None
+    if not limit.isdigit() or int(limit) < 1:
+        raise WinaError(f"{label!r}: after @ comes a number of documents, as in boolq@50")
+    return name, int(limit)
 
 
 class _Managers:

@@ -244,14 +244,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_lm_eval_tasks_on_local_files(lm: WinaLM, data: Path, tmp_path: Path) -> None:
-    names = ["piqa", "lambada_openai", "gsm8k"]
+    names = ["piqa@5", "lambada_openai", "gsm8k"]
     settings = Settings(limit=3, num_fewshot=1)
     with open_tasks(names, data) as tasks:
         grid = Grid(columns_of(["wina"], [0.5], COMMON), tasks, "all", settings, 200)
         cells = measure(lm, tmp_path, grid)
-    assert [cell["documents"] for cell in cells] == [3] * 6
+    assert [cell["documents"] for cell in cells] == [5, 3, 3] * 2
     by_task = {cell["task"]: cell for cell in cells if cell["method"] == "wina"}
-    assert by_task["piqa"]["primary"] == "acc_norm"
+    assert by_task["piqa@5"]["primary"] == "acc_norm"
     assert by_task["gsm8k"]["primary"] == "exact_match,flexible-extract"
     assert by_task["gsm8k"]["samples"][0]["prompt"].count("Question:") == 2
     assert by_task["lambada_openai"]["metrics"]["perplexity"]["higher_is_better"] is False
@@ -259,8 +259,8 @@ def test_lm_eval_tasks_on_local_files(lm: WinaLM, data: Path, tmp_path: Path) ->
         assert set(cell["rows"]) == set(cell["metrics"])
         assert cell["agreement"]["tokens"] > 20
         assert 0.3 < cell["realised"]["overall"] < 0.7
-    acc = by_task["piqa"]["metrics"]["acc"]["value"]
-    assert acc == pytest.approx(sum(by_task["piqa"]["rows"]["acc"]) / 3)
+    acc = by_task["piqa@5"]["metrics"]["acc"]["value"]
+    assert acc == pytest.approx(sum(by_task["piqa@5"]["rows"]["acc"]) / 5)
     assert {row["task"] for row in rows_of(cells)} == set(names)
 
 
@@ -279,6 +279,7 @@ def test_wrong_tasks_say_what_to_do(data: Path) -> None:
     for names, message in (
         ([], "no tasks"), (["piqa", "piqa"], "named twice"),
         (["boolq"], "boolq_validation.jsonl.gz in --data"), (["needle:x"], "needle:1024"),
+        (["piqa@0"], "after @ comes a number"), (["piqa@"], "after @ comes a number"),
     ):  # fmt: skip
         with pytest.raises(WinaError, match=message), open_tasks(names, data):
             pass
