@@ -78,7 +78,7 @@ def eval_grid(
     new_tokens: Annotated[int, typer.Option(help="Tokens that `generation` generates.")] = 48,
     batch_size: BatchSize = 8,
     max_length: MaxLength = 2048,
-    seed: Annotated[int, typer.Option(help="Of few-shot examples and needles.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of few-shot examples and needles.")] = 1234,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, ... (default: cuda if there is one).")
     ] = "",

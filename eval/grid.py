@@ -273,21 +273,24 @@ class GridRun:
 
     def _identity(self, column: Column, name: str) -> dict[str, Any]:
         """What a cell's numbers depend on. The dense model knows no protocol."""
-        sparse = column.config is not None
-        return {
+        identity = {
             "model": self.fingerprint,
             "method": column.label,
-            "config": column.config.to_dict() if column.config is not None else None,
-            "calibration": self.plan_texts if sparse else None,
             "sparsity": column.sparsity,
             "task": name,
             "source": dict(self.grid.tasks[name].identity()),
-            "protocol": self.grid.protocol if sparse else None,
-            "agreement_tokens": self.grid.agreement_tokens if sparse else None,
             "max_length": int(self.lm.max_length),
             **asdict(self.grid.settings),
             "versions": self.versions,
         }
+        if column.config is not None:
+            identity |= {
+                "config": column.config.to_dict(),
+                "calibration": self.plan_texts,
+                "protocol": self.grid.protocol,
+                "agreement_tokens": self.grid.agreement_tokens,
+            }
+        return identity
 
     def _path(self, column: Column, name: str) -> Path:
         return self.folder / "cells" / f"{_digest(self._identity(column, name))}.json"

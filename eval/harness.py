@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from wina.errors import WinaError
 from wina.eval.local_tasks import LocalTask, check_files
@@ -80,27 +84,44 @@ class HarnessTask(EvalTask):
 
 
 def evaluate(lm: Any, task: str, manager: Any, settings: Settings) -> dict[str, Any]:
-    """lm-eval's results of one task or group, with its samples; always the same for one seed."""
+    """lm-eval's results of one task or group, with its samples; always the same for one seed.
+
+    What ``lm_eval.simple_evaluate`` does, less its report on the machine, which lists all installed
+    packages and takes longer than a small task.
+    """
     import lm_eval
 
     os.environ["DISABLE_MULTIPROC"] = "1"  # the bootstrap would start a process for each core
-    noise = StringIO()  # a bar for every step of every task; what goes wrong is raised
-    with redirect_stdout(noise), redirect_stderr(noise):
-        results: dict[str, Any] | None = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=[task],
-            num_fewshot=settings.num_fewshot,
+    with quiet():
+        loaded = manager.load([task])
+        for part in loaded["tasks"].values():
+            own = part.get_config("num_fewshot")
+            if own != 0 and settings.num_fewshot is not None:
+                part.set_config(key="num_fewshot", value=settings.num_fewshot)
+            elif own is None:
+                part.set_config(key="num_fewshot", value=0)
+            part.set_fewshot_seed(seed=settings.seed)
+        random.seed(settings.seed)
+        np.random.seed(settings.seed)  # tasks draw from the global generators
+        torch.manual_seed(settings.seed)
+        results: dict[str, Any] | None = lm_eval.evaluate(
+            lm=lm,
+            task_dict=loaded,
             limit=settings.limit,
             bootstrap_iters=BOOTSTRAP,
             log_samples=True,
-            task_manager=manager,
-            random_seed=settings.seed,
-            numpy_random_seed=settings.seed,
-            torch_random_seed=settings.seed,
-            fewshot_random_seed=settings.seed,
+            fewshot_as_multiturn=True,
         )
     assert results is not None
     return results
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what lm-eval prints: a bar for every step of every task. What goes wrong is raised."""
+    noise = StringIO()
+    with redirect_stdout(noise), redirect_stderr(noise):
+        yield
 
 
 def read_metrics(results: Mapping[str, Any], task: str) -> dict[str, Metric]:

@@ -16,7 +16,7 @@ from rich.table import Table
 from wina.errors import WinaError
 from wina.eval import generation, needle, perplexity_task  # noqa: F401  # they register
 from wina.eval.harness import HarnessTask
-from wina.eval.local_tasks import local_tasks, write_tasks
+from wina.eval.local_tasks import LocalTask, local_tasks, write_tasks
 from wina.eval.measurement import KINDS, EvalTask
 
 
@@ -32,7 +32,7 @@ def open_tasks(names: Sequence[str], data: Path | None) -> Iterator[dict[str, Ev
         raise WinaError(f"task {sorted(repeated)[0]!r} is named twice")
     local = local_tasks() if data is not None else {}
     with tempfile.TemporaryDirectory(prefix="wina-eval-") as folder:
-        manager = None
+        managers = _Managers([local[name] for name in names if name in local], data, Path(folder))
         tasks: dict[str, EvalTask] = {}
         for name in names:
             kind, _, argument = name.partition(":")
@@ -40,22 +40,39 @@ def open_tasks(names: Sequence[str], data: Path | None) -> Iterator[dict[str, Ev
                 cls: Any = KINDS[kind]
                 tasks[name] = cls(argument) if argument else cls()
                 continue
-            if manager is None:
-                used = [local[n] for n in names if n in local]
-                manager = _manager(used, data, Path(folder))
-            tasks[name] = HarnessTask(name, manager, local.get(name), data)
+            row = local.get(name)
+            tasks[name] = HarnessTask(name, managers.of(row), row, data)
         yield tasks
 
 
-def _manager(used: Sequence[Any], data: Path | None, folder: Path) -> Any:
-    import datasets
-    from lm_eval.tasks import TaskManager
+class _Managers:
+    """lm-eval's task managers, made when they are needed.
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    if data is not None:
-        write_tasks(used, data, folder)
-    return TaskManager(include_path=str(folder))
+    The one of lm-eval's own tasks reads ten thousand definitions, which takes many seconds.
+    """
+
+    def __init__(self, rows: Sequence[LocalTask], data: Path | None, folder: Path) -> None:
+        self.rows = rows
+        self.data = data
+        self.folder = folder
+        self.made: dict[bool, Any] = {}
+
+    def of(self, row: LocalTask | None) -> Any:
+        """The manager for a row of the local table, or for lm-eval's own tasks."""
+        import datasets
+        from lm_eval.tasks import TaskManager
+
+        own = row is None
+        if own not in self.made:
+            logging.getLogger("lm_eval").setLevel(logging.ERROR)
+            datasets.disable_progress_bars()
+            if own:
+                self.made[own] = TaskManager()
+            else:
+                assert self.data is not None
+                write_tasks(self.rows, self.data, self.folder)
+                self.made[own] = TaskManager(include_path=str(self.folder), include_defaults=False)
+        return self.made[own]
 
 
 def rows_of(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from wina.errors import WinaError
-from wina.eval.harness import HarnessTask, evaluate, read_metrics
+from wina.eval.harness import BOOTSTRAP, HarnessTask, evaluate, quiet, read_metrics
 from wina.eval.measurement import EvalTask, Settings
 
 
 def verify(
     model: Any, tokenizer: Any, tasks: Mapping[str, EvalTask], settings: Settings, **options: Any
 ) -> list[dict[str, Any]]:
-    """Evaluate with lm-eval's ``hf`` model and with ours, both dense.
+    """Evaluate by ``lm_eval.simple_evaluate`` on ``hf``, and by us, both dense.
 
     Args:
         model: a dense model.
@@ -29,6 +29,7 @@ def verify(
     Returns:
         Rows of {task, metric, hf, wina, equal}, a row for every metric and standard error.
     """
+    import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     from wina.integrations.lm_eval import WinaLM
@@ -39,9 +40,15 @@ def verify(
     for name, task in tasks.items():
         if not isinstance(task, HarnessTask):
             raise WinaError(f"{name} is no task of lm-eval: there is nothing to compare with")
+        with quiet():
+            stock = lm_eval.simple_evaluate(
+                plain, tasks=[task.registered], task_manager=task.manager, limit=settings.limit,
+                num_fewshot=settings.num_fewshot, fewshot_random_seed=settings.seed,
+                bootstrap_iters=BOOTSTRAP,
+            )  # fmt: skip
         found = [
-            read_metrics(evaluate(lm, task.registered, task.manager, settings), task.registered)
-            for lm in (plain, ours)
+            read_metrics(results, task.registered)
+            for results in (stock, evaluate(ours, task.registered, task.manager, settings))
         ]
         for metric, want in found[0].items():
             got = found[1][metric]

@@ -30,7 +30,8 @@ def invoke(*arguments: str) -> str:
 @pytest.mark.parametrize(
     "command",
     [[], ["demo"], ["demo-model"], ["calibrate"], ["inspect"], ["generate"], ["bench", "kernels"],
-     ["bench", "decode"], ["bench", "roofline"], ["bench", "plot"], ["eval", "ppl"]],
+     ["bench", "decode"], ["bench", "roofline"], ["bench", "plot"], ["eval"],
+     ["eval", "ppl"], ["eval", "verify"]],
 )  # fmt: skip
 def test_help(command: list[str]) -> None:
     assert "Usage" in invoke(*command, "--help")

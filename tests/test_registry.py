@@ -45,3 +45,20 @@ def test_malformed_spec(things: Registry[type], spec: str) -> None:
 def test_split_spec() -> None:
     assert split_spec("kind", "a:2") == ("a", 2.0)
     assert split_spec("kind", "a") == ("a", None)
+
+
+def test_create_hands_named_numbers_over(things: Registry[type]) -> None:
+    assert create(things, "thing:number=0.25").number == 0.25
+
+
+@pytest.mark.parametrize(
+    "spec", ["thing:size=1", "thing:number=1:number=2", "thing:1:2", "thing:number=x", "thing:1:"]
+)
+def test_malformed_named_numbers(things: Registry[type], spec: str) -> None:
+    with pytest.raises(ConfigError, match="thing"):
+        create(things, spec)
+
+
+def test_split_spec_takes_one_number() -> None:
+    with pytest.raises(ConfigError, match="one number"):
+        split_spec("kind", "a:b=2")

@@ -3,8 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wina.criteria import CRITERIA
 from wina.kernels.reference import keep_mask
 from wina.registry import create
+from wina.scores import ChannelScores
 from wina.selectors import SELECTORS, Relative, Threshold, TopK
 from wina.statistics import ScoreHistogram
 
@@ -65,3 +67,19 @@ def test_relative_follows_the_size_of_a_token() -> None:
 def test_names() -> None:
     assert set(SELECTORS) == {"threshold", "relative", "topk"}
     assert isinstance(create(SELECTORS, "topk"), TopK)
+
+
+@pytest.mark.parametrize("selector", ["threshold", "relative", "topk"])
+def test_levels_are_the_masks(selector: str) -> None:
+    """Levels count the sparsities at which a channel is kept; sparsity 0 keeps all."""
+    weight, x = torch.randn(24, 40), torch.randn(30, 40)
+    scores = ChannelScores([weight], create(CRITERIA, "l2-norm"), create(SELECTORS, selector), 0)
+    grid = [0.0, 0.2, 0.5, 0.9]
+    levels = scores.levels(x, grid)
+    histogram = ScoreHistogram()
+    scores.count(histogram, x, 0.5)
+    for index, sparsity in enumerate(grid):
+        threshold = scores.threshold(scores.cutoff(histogram, sparsity))
+        keep = scores.keep(x, threshold, sparsity)
+        assert torch.equal(keep, levels > index)
+        assert float((~keep).float().mean()) == pytest.approx(sparsity, abs=0.02)

@@ -10,16 +10,15 @@ the inputs are not masked.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
+from wina.allocation import Problem, Uniform, Unit
 from wina.config import SparsityConfig
-from wina.criteria import Criterion
 from wina.errors import CalibrationError, PatchStateError
-from wina.kernels.reference import keep_mask, mask_inputs
 from wina.plan import ProjectionPlan, SparsityPlan, weight_sample
 from wina.prefill import Prefill
 from wina.progress import Advance, progress
@@ -30,15 +29,13 @@ from wina.projections import (
     group_members,
     model_type_of,
 )
-from wina.selectors import Selector
+from wina.scores import ChannelScores
 from wina.statistics import ScoreHistogram
 from wina.texts import bundled, to_windows
 
 # Tokens whose activations are alive at once. More calibration tokens than this are taken in
 # several passes, at first with cut-offs from the first chunk.
 CHUNK_TOKENS = 16384
-# Rows of an input whose scores are computed at a time.
-_SCORE_ROWS = 1024
 
 
 def calibrate(
@@ -79,48 +76,87 @@ def calibrate(
     )
     if windows.shape[1] <= config.sink_tokens + 1:
         raise CalibrationError(f"the text is too short: {windows.numel()} tokens")
-    plan = _Calibrator(model, projections, config).run(windows, show_progress)
-    source = "bundled" if texts is None else "given by the user"
+    units = _units(projections, config)
+    scores = _scores(model, units, config)
+
+    def run(sparsities: Mapping[str, float], title: str, show: bool) -> dict[str, ProjectionPlan]:
+        calibrator = _Calibrator(model, projections, scores, sparsities, config)
+        return calibrator.run(windows, title, show)
+
+    def thresholds(sparsities: Mapping[str, float]) -> dict[str, Tensor]:
+        layers = run(problem.by_projection(sparsities), "", show=False)
+        return {name: layer.threshold for name, layer in layers.items()}
+
+    problem = Problem(
+        units=units,
+        sparsity=config.sparsity,
+        model=model,
+        windows=windows,
+        scores=scores,
+        sink_tokens=config.sink_tokens,
+        thresholds=thresholds,
+        show_progress=show_progress,
+    )
+    allocation = config.make_allocation() if config.sparsity else Uniform()
+    sparsities = problem.by_projection(allocation.allocate(problem))
+    title = f"calibrating {config.method} at {config.sparsity:.0%}"
     return SparsityPlan(
         config=config,
         model_type=model_type_of(model),
-        calibration={"text": source, "tokens": windows.numel()},
-        layers=plan,
+        calibration={
+            "text": "bundled" if texts is None else "given by the user",
+            "tokens": windows.numel(),
+            "criterion": config.criterion_spec,
+            "allocation": config.allocation_spec,
+        },
+        layers=run(sparsities, title, show_progress),
     )
+
+
+def _units(projections: Sequence[Projection], config: SparsityConfig) -> list[Unit]:
+    """What gets one sparsity: every projection, or every group where groups share a mask."""
+    if config.mask == "projection":
+        return [Unit(projection.name, (projection,)) for projection in projections]
+    return [Unit(name, tuple(members)) for name, members in group_members(projections).items()]
+
+
+def _scores(
+    model: nn.Module, units: Sequence[Unit], config: SparsityConfig
+) -> dict[str, ChannelScores]:
+    """Projection name → its scores; the projections of one unit share the constants."""
+    found = {}
+    for unit in units:
+        modules = [model.get_submodule(projection.name) for projection in unit.projections]
+        shared = ChannelScores(
+            weights=[module.weight for module in modules],  # type: ignore[misc]
+            criterion=config.make_criterion(),
+            selector=config.make_selector(),
+            seed=config.seed + zlib.crc32(unit.name.encode()),
+        )
+        found.update({projection.name: shared for projection in unit.projections})
+    return found
 
 
 class _Calibrator:
     def __init__(
-        self, model: nn.Module, projections: Sequence[Projection], config: SparsityConfig
+        self,
+        model: nn.Module,
+        projections: Sequence[Projection],
+        scores: Mapping[str, ChannelScores],
+        sparsities: Mapping[str, float],
+        config: SparsityConfig,
     ) -> None:
         self.decoder = decoder_of(model)
-        self.projections = projections
-        self.config = config
-        sparsities = config.make_allocation().allocate(projections, config.sparsity)
-        modules = dict(model.named_modules())
-        criterion = config.make_criterion()
-        groups = group_members(projections)
         self.layers = {}
         for projection in projections:
-            module = modules[projection.name]
+            module = model.get_submodule(projection.name)
             assert isinstance(module, nn.Linear)
-            own = config.mask == "projection"
-            sharers = [projection] if own else groups[projection.group]
-            unit = projection.name if own else projection.group
-            self.layers[projection.name] = _Layer(
-                projection=projection,
-                module=module,
-                sharing=[modules[p.name].weight for p in sharers],
-                sparsity=sparsities[projection.name],
-                config=config,
-                criterion=criterion,
-                generator=Generator().manual_seed(config.seed + zlib.crc32(unit.encode())),
-            )
+            name = projection.name
+            self.layers[name] = _Layer(projection, module, scores[name], sparsities[name], config)
 
-    def run(self, windows: Tensor, show_progress: bool) -> dict[str, ProjectionPlan]:
+    def run(self, windows: Tensor, title: str, show_progress: bool) -> dict[str, ProjectionPlan]:
         chunks = windows.split(max(1, CHUNK_TOKENS // windows.shape[1]))
         passes = 1 if len(chunks) == 1 else 1 + len(chunks)
-        title = f"calibrating {self.config.method} at {self.config.sparsity:.0%}"
         with progress(title, passes * len(self.layers), show_progress) as advance:
             self._forward(chunks[0], advance)
             if len(chunks) > 1:
@@ -163,62 +199,42 @@ class _Layer:
         self,
         projection: Projection,
         module: nn.Linear,
-        sharing: Sequence[Tensor],
+        scores: ChannelScores,
         sparsity: float,
         config: SparsityConfig,
-        criterion: Criterion,
-        generator: Generator,
     ) -> None:
         self.projection = projection
         self.module = module
-        self.sharing = sharing
+        self.scores = scores
         self.sparsity = sparsity
-        self.criterion = criterion
-        self.generator = generator
-        self.selector: Selector = config.make_selector()
         self.prefill = Prefill(1.0, config.sink_tokens)
         self.sequential = config.statistics == "sequential"
         self.histogram = ScoreHistogram()
-        self.constants: Tensor | None = None
         self.threshold: Tensor | None = None
         self.cutoff = 0.0
         self.dropped = 0
 
     def see(self, x: Tensor) -> Tensor:
         """Count the scores of inputs [B, S, K]; return them masked with the current cut-off."""
-        if self.constants is None:
-            self.constants = self.criterion.constants(self.sharing, self.generator)
         start = self.prefill.start(x.shape[-2])
         tokens = x[..., start:, :]
-        for rows in tokens.reshape(-1, x.shape[-1]).split(_SCORE_ROWS):
-            try:
-                self.histogram.add(self._scores(rows))
-            except CalibrationError as error:
-                raise CalibrationError(f"{self.projection.name}: {error}") from None
+        try:
+            self.scores.count(self.histogram, tokens, self.sparsity)
+        except CalibrationError as error:
+            raise CalibrationError(f"{self.projection.name}: {error}") from None
         if self.threshold is None:
             self.set_cutoff()
         assert self.threshold is not None
-        scale = self.selector.scale(tokens, self.threshold, self.sparsity)
-        self.dropped += int((~keep_mask(tokens, self.threshold, scale)).sum())
+        keep = self.scores.keep(tokens, self.threshold, self.sparsity)
+        self.dropped += int((~keep).sum())
         if not self.sequential:
             return x
-        masked = mask_inputs(tokens, self.threshold, scale)
-        return torch.cat([x[..., :start, :], masked], dim=-2)
-
-    def _scores(self, rows: Tensor) -> Tensor:
-        assert self.constants is not None
-        scores = rows.abs().to(torch.float32) * self.constants
-        scale = self.selector.scale(rows, 1.0 / self.constants, self.sparsity)
-        return scores if scale is None else scores / scale.clamp_min(1e-30).unsqueeze(-1)
+        return torch.cat([x[..., :start, :], torch.where(keep, tokens, 0.0)], dim=-2)
 
     def set_cutoff(self) -> None:
         """Take the cut-off from the scores counted so far."""
-        assert self.constants is not None
-        keep_all = self.sparsity == 0.0
-        self.cutoff = -1.0 if keep_all else self.selector.cutoff(self.histogram, self.sparsity)
-        self.threshold = (
-            torch.full_like(self.constants, -1.0) if keep_all else self.cutoff / self.constants
-        )
+        self.cutoff = self.scores.cutoff(self.histogram, self.sparsity)
+        self.threshold = self.scores.threshold(self.cutoff)
 
     def restart_statistics(self) -> None:
         """Forget the counts, keep the cut-off: it stays in use until :meth:`set_cutoff`."""

@@ -32,7 +32,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="Training-free activation sparsity: read only the weights that a token needs.",
-    epilog="Start with `wina demo`. Methods: dense, wina, teal, was, wisparse, random.",
+    epilog="Start with `wina demo`. Methods: dense, wina, teal, wisparse, random; with "
+    "sparsity divided over the projections: wina-plus, teal-greedy, wina-greedy, was.",
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")

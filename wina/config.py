@@ -74,13 +74,23 @@ class SparsityConfig:
         self.make_selector()
         self.make_prefill()
 
+    @property
+    def criterion_spec(self) -> str:
+        """The criterion in use: the field, or else the method's."""
+        return self.criterion or METHODS[self.method].criterion
+
+    @property
+    def allocation_spec(self) -> str:
+        """The allocation policy in use: the field, or else the method's."""
+        return self.allocation or METHODS[self.method].allocation
+
     def make_criterion(self) -> Criterion:
-        """The criterion: the field, or else the method's."""
-        return create(CRITERIA, self.criterion or METHODS[self.method].criterion)
+        """The criterion."""
+        return create(CRITERIA, self.criterion_spec)
 
     def make_allocation(self) -> Allocation:
-        """The allocation policy: the field, or else the method's."""
-        return create(ALLOCATIONS, self.allocation or METHODS[self.method].allocation)
+        """The allocation policy."""
+        return create(ALLOCATIONS, self.allocation_spec)
 
     def make_selector(self) -> Selector:
         """The selector."""

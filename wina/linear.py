@@ -152,8 +152,8 @@ class SparseLinear(nn.Linear):
             if self.control.observer is not None:
                 seen = None if scale is None else scale[sparse]
                 self.control.observer(self.name, x[sparse], self.threshold, seen)
-            keep = keep_mask(x, self.threshold, scale) | ~sparse.unsqueeze(-1)
-        return torch.where(keep, x, 0.0)
+            keep = keep_mask(x, self.threshold, scale).logical_or_(~sparse.unsqueeze(-1))
+        return x * keep
 
     def _sparse(self, x: Tensor) -> Tensor:
         scale = self._observed_scale(x)

@@ -1,13 +1,16 @@
 """Methods: published names for combinations of a criterion and an allocation.
 
-A method is a row here; what it does stands in ``criteria/`` and ``allocation/``.
+A method is a row here; what it does stands in ``criteria/`` and ``allocation/``. What a method has
+to compute before it can decide is said by its policy (:attr:`Method.needs`); at run time all of
+them cost the same, one threshold per channel.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wina.registry import Registry
+from wina.allocation import ALLOCATIONS, Needs
+from wina.registry import Registry, create
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,30 @@ class Method:
     source: str
     dense: bool = False
 
+    @property
+    def needs(self) -> Needs:
+        """What its allocation policy has to compute."""
+        return create(ALLOCATIONS, self.allocation).needs
+
 
 METHODS: Registry[Method] = Registry("method")
 
 METHODS.register("dense")(Method("magnitude", "uniform", "nothing is dropped", dense=True))
 METHODS.register("wina")(Method("l2-norm", "uniform", "|x|·‖W‖₂, arXiv 2505.19427"))
 METHODS.register("teal")(Method("magnitude", "uniform", "|x|, arXiv 2408.14690"))
-METHODS.register("was")(Method("l1-norm", "uniform", "|x|·‖W‖₁, EMNLP 2025 main 57"))
+METHODS.register("teal-greedy")(
+    Method("magnitude", "greedy:step=0.05", "TEAL with its block-wise greedy allocation")
+)
+METHODS.register("wina-greedy")(
+    Method("l2-norm", "greedy:step=0.025", "WINA with TEAL's greedy allocation, as in its paper")
+)
+METHODS.register("was")(
+    Method("l1-norm", "growing", "|x|·‖W‖₁, block budgets growing with depth, EMNLP 2025 main 57")
+)
 METHODS.register("wisparse")(
     Method("norm-power:0.5", "uniform", "|x|·‖W‖₂^α with α = 0.5, arXiv 2602.14452")
+)
+METHODS.register("wina-plus")(
+    Method("norm-power:0.5", "fisher", "|x|·‖W‖₂^½, bytes spent where the loss asks for it")
 )
 METHODS.register("random")(Method("random", "uniform", "random channels, a lower bound"))

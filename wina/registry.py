@@ -1,7 +1,7 @@
 """Name → class tables, so that methods are data and never branches.
 
-A spec is ``"name"`` or ``"name:number"``: the number is handed to the class, as in
-``"norm-power:0.5"`` or ``"last:0.99"``.
+A spec is ``"name"``, ``"name:number"`` or ``"name:key=number:key=number"``: the numbers are handed
+to the class, as in ``"norm-power:0.5"``, ``"last:0.99"`` or ``"fisher:rounds=2:most=0.9"``.
 """
 
 from __future__ import annotations
@@ -49,25 +49,44 @@ class Registry(Generic[T]):
         return name in self._entries
 
 
+def parse_spec(kind: str, spec: str) -> tuple[str, dict[str, float]]:
+    """Split a spec into its name and its numbers; a number without a key has the key ``""``.
+
+    Raises:
+        ConfigError: a number is malformed, or a key is given twice.
+    """
+    name, colon, rest = spec.partition(":")
+    numbers: dict[str, float] = {}
+    for part in rest.split(":") if colon else ():
+        key, equals, number = part.partition("=")
+        key, number = (key.strip(), number) if equals else ("", key)
+        if key in numbers:
+            raise ConfigError(f"{kind} {spec!r} gives {key or 'its number'!r} twice")
+        try:
+            numbers[key] = float(number)
+        except ValueError:
+            raise ConfigError(
+                f"{kind} {spec!r}: {number!r} is not a number; write it like '{name}:0.5' or "
+                f"'{name}:key=0.5'"
+            ) from None
+    return name, numbers
+
+
 def split_spec(kind: str, spec: str) -> tuple[str, float | None]:
-    """Split ``"name:number"`` into its parts; a malformed number raises :class:`ConfigError`."""
-    name, colon, number = spec.partition(":")
-    if not colon:
-        return name, None
-    try:
-        return name, float(number)
-    except ValueError:
-        raise ConfigError(
-            f"{kind} {spec!r}: {number!r} is not a number; write it like '{name}:0.5'"
-        ) from None
+    """Split ``"name:number"`` into its parts; anything else raises :class:`ConfigError`."""
+    name, numbers = parse_spec(kind, spec)
+    for key in numbers:
+        if key:
+            raise ConfigError(f"{kind} {spec!r} takes one number, not {key}=")
+    return name, numbers.get("")
 
 
 def create(registry: Registry[type[T]], spec: str) -> T:
-    """Make the object that ``spec`` names, handing it the spec's number if there is one."""
-    name, number = split_spec(registry.kind, spec)
-    cls = registry[name]
-    factory: Callable[..., T] = cls
+    """Make the object that ``spec`` names, handing it the spec's numbers."""
+    name, numbers = parse_spec(registry.kind, spec)
+    factory: Callable[..., T] = registry[name]
+    positional = [value for key, value in numbers.items() if not key]
     try:
-        return factory() if number is None else factory(number)
+        return factory(*positional, **{key: value for key, value in numbers.items() if key})
     except TypeError as error:
         raise ConfigError(f"{registry.kind} {spec!r}: {error}") from None

@@ -3,7 +3,22 @@
 To add a policy: a file beside this one, ``@ALLOCATIONS.register("name")``, and its import below.
 """
 
-from wina.allocation.base import ALLOCATIONS, Allocation
+from wina.allocation.base import ALLOCATIONS, Allocation, Needs, Problem, Unit
+from wina.allocation.block_error import BlockError
+from wina.allocation.fisher import Fisher
+from wina.allocation.greedy import Greedy
+from wina.allocation.growing import Growing
 from wina.allocation.uniform import Uniform
 
-__all__ = ["ALLOCATIONS", "Allocation", "Uniform"]
+__all__ = [
+    "ALLOCATIONS",
+    "Allocation",
+    "BlockError",
+    "Fisher",
+    "Greedy",
+    "Growing",
+    "Needs",
+    "Problem",
+    "Uniform",
+    "Unit",
+]

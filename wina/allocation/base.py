@@ -1,24 +1,113 @@
-"""What an allocation policy is."""
+"""What an allocation policy is, and what it may look at."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 
+import torch
+from torch import Tensor, nn
+
+from wina.errors import ConfigError
 from wina.projections import Projection
 from wina.registry import Registry
+from wina.scores import ChannelScores
+
+
+class Needs(StrEnum):
+    """What a policy has to compute before it can decide, from free to dear."""
+
+    NOTHING = "nothing"
+    ACTIVATIONS = "activations of the dense model, and its blocks run again sparse"
+    GRADIENTS = "gradients of the dense model's loss"
+    EVALUATIONS = "gradients of the sparse model's loss as well"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Projections that get one sparsity: one projection, or a group that shares its mask."""
+
+    name: str
+    projections: tuple[Projection, ...]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights: what one token reads when dense."""
+        return sum(projection.weights for projection in self.projections)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A budget to spend, and the model and text to learn from.
+
+    Attributes:
+        units: what gets a sparsity each, in the order in which a token passes them.
+        sparsity: the budget: share of the units' weights that a token shall not read.
+        model: the dense decoder with its head. A policy runs it and leaves it as it was.
+        windows: calibration tokens [windows, S].
+        scores: projection name → criterion and selector of its mask.
+        sink_tokens: first tokens of a sequence, which stay dense.
+        thresholds: (sparsity of each unit) → threshold [K] of each projection, calibrated on
+            ``windows`` with every projection before it sparse.
+        show_progress: draw progress bars on stderr.
+    """
+
+    units: Sequence[Unit]
+    sparsity: float
+    model: nn.Module
+    windows: Tensor
+    scores: Mapping[str, ChannelScores]
+    sink_tokens: int
+    thresholds: Callable[[Mapping[str, float]], Mapping[str, Tensor]]
+    show_progress: bool = False
+
+    def by_projection(self, sparsities: Mapping[str, float]) -> dict[str, float]:
+        """Sparsity of each projection, from that of each unit."""
+        return {p.name: sparsities[unit.name] for unit in self.units for p in unit.projections}
+
+    def tokens(self, limit: int) -> Tensor:
+        """At most ``limit`` calibration tokens [windows, S], evenly from all the windows.
+
+        Less than a window is the beginning of the first one.
+        """
+        if limit < self.windows.shape[1]:
+            return self.windows[:1, : max(limit, self.sink_tokens + 2)]
+        count = min(len(self.windows), limit // self.windows.shape[1])
+        return self.windows[torch.linspace(0, len(self.windows) - 1, count).round().long()]
 
 
 class Allocation(ABC):
-    """Spends a budget of weight bytes over the projections of a model."""
+    """Spends a budget of weight bytes over the projections of a model.
+
+    The parameters of a policy are keyword arguments of its ``__init__``; a spec such as
+    ``"fisher:rounds=2"`` hands them over as floats.
+    """
+
+    needs: Needs = Needs.NOTHING
 
     @abstractmethod
-    def allocate(self, projections: Sequence[Projection], sparsity: float) -> Mapping[str, float]:
-        """Sparsity of each projection, by name.
+    def allocate(self, problem: Problem) -> Mapping[str, float]:
+        """Sparsity of each unit, by name.
 
-        The mean over projections, weighted by their K·N, equals ``sparsity``: the share of
-        projection weights that a decoded token does not read.
+        The mean over units, weighted by their numbers of weights, equals ``problem.sparsity``:
+        the share of projection weights that a decoded token does not read.
         """
 
 
 ALLOCATIONS: Registry[type[Allocation]] = Registry("allocation")
+
+
+def whole(name: str, value: float, least: int = 1) -> int:
+    """A parameter of a spec as an integer; anything else raises :class:`ConfigError`."""
+    if value != int(value) or value < least:
+        raise ConfigError(f"{name} is a whole number of at least {least}, not {value:g}")
+    return int(value)
+
+
+def share(name: str, value: float) -> float:
+    """A parameter of a spec in (0, 1]; anything else raises :class:`ConfigError`."""
+    if not 0.0 < value <= 1.0:
+        raise ConfigError(f"{name} is a share in (0, 1], not {value:g}")
+    return value

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from wina.allocation.base import ALLOCATIONS, Allocation
-from wina.projections import Projection
+from wina.allocation.base import ALLOCATIONS, Allocation, Problem
 
 
 @ALLOCATIONS.register("uniform")
 class Uniform(Allocation):
     """Every projection drops the same share of its channels."""
 
-    def allocate(self, projections: Sequence[Projection], sparsity: float) -> Mapping[str, float]:
-        """``sparsity`` for every projection."""
-        return {projection.name: sparsity for projection in projections}
+    def allocate(self, problem: Problem) -> Mapping[str, float]:
+        """The budget itself, for every unit."""
+        return {unit.name: problem.sparsity for unit in problem.units}

@@ -1,0 +1,213 @@
+"""What dropping channels does to the loss, from gradients at the projections' outputs.
+
+Dropping the channels D of a projection changes its output by δy = −Σ_{j∈D} W_:,j·x_j and the loss
+by gᵀδy = −Σ_{j∈D} (gᵀW_:,j)·x_j to first order, g = ∂loss/∂y. One backward pass gives these sums
+for every projection and every sparsity on a grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wina.allocation.base import Problem
+from wina.prefill import Prefill
+from wina.progress import progress
+from wina.projections import Projection
+from wina.scores import ChannelScores
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A sparse model to differentiate: sparsity and threshold [K] of each projection, by name."""
+
+    sparsities: Mapping[str, float]
+    thresholds: Mapping[str, Tensor]
+
+
+class LossChange:
+    """Estimated change of the loss, in nats per token, at each sparsity of a grid.
+
+    ``first`` is E[gᵀδy] and ``second`` is ½·E[(gᵀδy)²] (the Fisher approximation of the
+    curvature), both [grid] float64. δy is relative to the model that was differentiated.
+    """
+
+    def __init__(self, grid: Sequence[float]) -> None:
+        self.grid = grid
+        self.first = torch.zeros(len(grid), dtype=torch.float64)
+        self.second = torch.zeros(len(grid), dtype=torch.float64)
+        self.tokens = 0
+
+    def add(self, changes: Tensor) -> None:
+        """Count gᵀδy of tokens [grid, T]."""
+        total, count = self.tokens + changes.shape[1], changes.shape[1]
+        changes = changes.double().cpu()
+        weight = count / total
+        self.first += weight * (changes.mean(1) - self.first)
+        self.second += weight * (changes.square().mean(1) / 2 - self.second)
+        self.tokens = total
+
+
+def loss_changes(
+    problem: Problem,
+    grids: Mapping[str, Sequence[float]],
+    windows: Tensor,
+    point: OperatingPoint | None = None,
+) -> dict[str, LossChange]:
+    """Estimate, for every projection by itself, what sparsities do to the loss.
+
+    At the dense model the loss is the negative log-likelihood of labels drawn from the model's own
+    prediction, whose squared gradients give the curvature of KL(dense ‖ sparse). At an operating
+    point it is that divergence itself, whose gradient has little noise.
+
+    Args:
+        problem: model, scores and masks.
+        grids: projection name → sparsities to try.
+        windows: token ids [windows, S]; one window is differentiated at a time.
+        point: the sparse model to differentiate; the dense one by default.
+    """
+    found = {name: LossChange(grid) for name, grid in grids.items()}
+    model = problem.model
+    device = next(model.parameters()).device
+    title = "gradients, dense" if point is None else "gradients, sparse"
+    probes = [
+        _Probe(projection, problem, found[projection.name], point)
+        for unit in problem.units
+        for projection in unit.projections
+    ]
+    generator = torch.Generator().manual_seed(0)
+    with (
+        progress(title, len(windows), problem.show_progress) as advance,
+        frozen(model),
+    ):
+        for window in windows.split(1):
+            ids = window.to(device)
+            if point is None:
+                with _attached(model, probes):
+                    logits = _logits(model, ids)
+                    labels = _draw(logits.detach(), generator)
+                    F.cross_entropy(logits, labels, reduction="sum").backward()
+            else:
+                with torch.no_grad():
+                    dense = _logits(model, ids).log_softmax(-1)
+                with _attached(model, probes):
+                    sparse = _logits(model, ids).log_softmax(-1)
+                    F.kl_div(sparse, dense, reduction="sum", log_target=True).backward()
+            advance()
+    return found
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits [S, vocabulary] of one window, float32."""
+    output: Any = model(input_ids=ids, use_cache=False)
+    logits: Tensor = output.logits[0]
+    return logits.float()
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A token [S] for every row, from the model's own prediction."""
+    cumulative = logits.softmax(-1, dtype=torch.float32).cumsum(-1)
+    uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
+    return drawn.squeeze(1).clamp_max(logits.shape[-1] - 1)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Gradients flow through a model in eval mode but never into its parameters."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modes = [(module, module.training) for module in model.modules()]
+
+    def start(_: nn.Module, __: Any, embedded: Tensor) -> Tensor:
+        return embedded.detach().requires_grad_() if torch.is_grad_enabled() else embedded
+
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    handle = embedding.register_forward_hook(start)
+    try:
+        model.eval()
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+        for parameter in wanted:
+            parameter.requires_grad_()
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _attached(model: nn.Module, probes: Sequence[_Probe]) -> Iterator[None]:
+    handles = []
+    try:
+        for probe in probes:
+            handles.append(probe.module.register_forward_pre_hook(probe.before))
+            handles.append(probe.module.register_forward_hook(probe.after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Probe:
+    """Watches one projection: its input on the way forward, the gradient on the way back."""
+
+    def __init__(
+        self,
+        projection: Projection,
+        problem: Problem,
+        found: LossChange,
+        point: OperatingPoint | None,
+    ) -> None:
+        module = problem.model.get_submodule(projection.name)
+        assert isinstance(module, nn.Linear)
+        self.module = module
+        self.scores: ChannelScores = problem.scores[projection.name]
+        self.prefill = Prefill(1.0, problem.sink_tokens)
+        self.found = found
+        self.sparsity = point.sparsities[projection.name] if point else 0.0
+        self.threshold = point.thresholds[projection.name] if point else None
+        self.x: Tensor | None = None
+
+    def before(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Remember x; mask it at the operating point."""
+        x = arguments[0]
+        self.x = x.detach()
+        if self.threshold is None:
+            return None
+        start = self.prefill.start(x.shape[-2])
+        tokens = x[..., start:, :]
+        with torch.no_grad():
+            keep = self.scores.keep(tokens, self.threshold, self.sparsity)
+        masked = torch.where(keep, tokens, 0.0)
+        return (torch.cat([x[..., :start, :], masked], dim=-2), *arguments[1:])
+
+    def after(self, _: nn.Module, __: Any, y: Tensor) -> None:
+        """Ask for the gradient of the output."""
+        y.register_hook(self._gradient)
+
+    @torch.no_grad()
+    def _gradient(self, gradient: Tensor) -> None:
+        assert self.x is not None
+        start = self.prefill.start(self.x.shape[-2])
+        x = self.x[..., start:, :].flatten(0, -2)
+        g = gradient[..., start:, :].flatten(0, -2)
+        contributions = x.float() * (g @ self.module.weight).float()
+        levels = self.scores.levels(x, self.found.grid)
+        at_level = contributions.new_zeros(len(x), len(self.found.grid) + 1)
+        at_level.scatter_add_(1, levels, contributions)
+        kept = at_level.flip(1).cumsum(1).flip(1)[:, 1:]
+        here = contributions
+        if self.threshold is not None:
+            here = torch.where(self.scores.keep(x, self.threshold, self.sparsity), here, 0.0)
+        self.found.add(kept.t() - here.sum(-1))
+        self.x = None

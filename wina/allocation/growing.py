@@ -1,0 +1,73 @@
+"""Block budgets from the sensitivity of whole blocks, never falling with depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from wina.allocation.base import ALLOCATIONS, Allocation, Needs, Problem, share, whole
+from wina.allocation.blocks import Block, visit_blocks
+from wina.allocation.curves import Curve, spend
+from wina.allocation.fisher import sparsity_grid
+
+
+@ALLOCATIONS.register("growing")
+class Growing(Allocation):
+    """One sparsity for each block, growing with depth, as WAS has it (EMNLP 2025 main 57).
+
+    WAS searches for the budgets; here they come from ‖Y − Ŷ‖₂²/‖Y‖₂² of the output of each block
+    with all its projections at one sparsity. The cheapest division is then made non-decreasing by
+    isotonic regression, which keeps the total: an error made early is passed on by all that
+    follows.
+
+    Args:
+        most: upper bound of each block's sparsity.
+        step: of the grid of sparsities.
+        tokens: calibration tokens to use.
+    """
+
+    needs = Needs.ACTIVATIONS
+
+    def __init__(self, most: float = 0.95, step: float = 0.1, tokens: float = 1024) -> None:
+        self.most = share("most", most)
+        self.step = share("step", step)
+        self.tokens = whole("tokens", tokens)
+
+    def allocate(self, problem: Problem) -> Mapping[str, float]:
+        """A curve for each block, solved over all blocks, then made to grow."""
+        curves: list[Curve] = []
+        units: list[Sequence[str]] = []
+        grid = sparsity_grid(self.step, self.most)
+
+        def visit(block: Block) -> None:
+            names = [unit.name for unit in block.units]
+            size = float(block.output.float().norm(dim=-1).mean())
+            errors = [block.error(dict.fromkeys(names, sparsity)) for sparsity in grid]
+            relative = [(error / size) ** 2 for error in errors]
+            points = [(0.0, 0.0), *zip(grid, relative, strict=True)]
+            curves.append(Curve(str(len(curves)), block.weights, points))
+            units.append(names)
+
+        visit_blocks(problem, problem.tokens(self.tokens), visit, "output error of blocks")
+        budgets = spend(curves, problem.sparsity, self.most)
+        growing = non_decreasing(
+            [budgets[curve.name] for curve in curves], [curve.weights for curve in curves]
+        )
+        return {
+            name: budget for names, budget in zip(units, growing, strict=True) for name in names
+        }
+
+
+def non_decreasing(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The non-decreasing sequence nearest in weighted squares; its weighted mean is the same.
+
+    Neighbours in the wrong order are pooled at their mean (isotonic regression).
+    """
+    pools: list[tuple[float, float, int]] = []
+    for value, weight in zip(values, weights, strict=True):
+        pool = (value, float(weight), 1)
+        while pools and pools[-1][0] > pool[0]:
+            mean, mass, count = pools.pop()
+            both = mass + pool[1]
+            pool = ((mean * mass + pool[0] * pool[1]) / both, both, count + pool[2])
+        pools.append(pool)
+    return [mean for mean, _, count in pools for _ in range(count)]

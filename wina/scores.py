@@ -1,0 +1,89 @@
+"""Scores |x_j|·c_j of the input channels of one projection, and the masks they give.
+
+What a criterion and a selector say together, for calibration and for allocation policies alike.
+Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Generator, Tensor
+
+from wina.criteria import Criterion
+from wina.kernels.reference import keep_mask
+from wina.selectors import Selector
+from wina.statistics import ScoreHistogram
+
+# Rows of an input whose scores are computed at a time.
+_ROWS = 1024
+
+
+class ChannelScores:
+    """Criterion and selector of one projection.
+
+    Args:
+        weights: the matrices [N_i, K] that the mask serves, see :class:`wina.criteria.Criterion`.
+        criterion: gives c.
+        selector: gives the cut-off and the factor of each token.
+        seed: of the criterion's randomness.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], criterion: Criterion, selector: Selector, seed: int
+    ) -> None:
+        self.weights = weights
+        self.criterion = criterion
+        self.selector = selector
+        self.seed = seed
+
+    @cached_property
+    def constants(self) -> Tensor:
+        """c [K] float32."""
+        return self.criterion.constants(self.weights, Generator().manual_seed(self.seed))
+
+    def count(self, histogram: ScoreHistogram, x: Tensor, sparsity: float) -> None:
+        """Add the scores of hidden states x [..., K], in units of each token's factor."""
+        for rows in x.reshape(-1, x.shape[-1]).split(_ROWS):
+            scores = rows.abs().to(torch.float32) * self.constants
+            scale = self.selector.scale(rows, 1.0 / self.constants, sparsity)
+            if scale is not None:
+                scores = scores / scale.clamp_min(1e-30).unsqueeze(-1)
+            histogram.add(scores)
+
+    def threshold(self, cutoff: float) -> Tensor:
+        """τ/c [K] float32; a cut-off of −1 keeps every channel, whatever its c."""
+        if cutoff == -1.0:
+            return torch.full_like(self.constants, -1.0)
+        return cutoff / self.constants
+
+    def cutoff(self, histogram: ScoreHistogram, sparsity: float) -> float:
+        """τ for a share of channels, from the scores counted so far."""
+        return self.selector.cutoff(histogram, sparsity)
+
+    def keep(self, x: Tensor, threshold: Tensor, sparsity: float) -> Tensor:
+        """Which channels of x [..., K] are active, Boolean [..., K]."""
+        return keep_mask(x, threshold, self.selector.scale(x, threshold, sparsity))
+
+    def levels(self, x: Tensor, grid: Sequence[float]) -> Tensor:
+        """At how many sparsities of a grid each channel is kept, cut-offs taken from x itself.
+
+        Masks are nested: channel (t, j) is kept at ``grid[i]`` iff its level exceeds i.
+
+        Args:
+            x: hidden states [T, K].
+            grid: sparsities in increasing order.
+
+        Returns:
+            [T, K] int64.
+        """
+        histogram = ScoreHistogram()
+        self.count(histogram, x, grid[-1])
+        cuts = torch.empty(len(x), len(grid), device=x.device)
+        for index, sparsity in enumerate(grid):
+            cutoff = self.cutoff(histogram, sparsity)
+            scale = self.selector.scale(x, self.threshold(1.0), sparsity)
+            cuts[:, index] = cutoff if scale is None else cutoff * scale
+        return torch.searchsorted(cuts, x.abs().to(torch.float32) * self.constants)
