@@ -100,7 +100,9 @@ def main() -> None:
     """Check every kernel on the card, then time whole decode steps and the operators."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--check", action="store_true", help="check only, time nothing")
-    parser.add_argument("--quick", action="store_true", help="operators of Llama-3-8B only")
+    parser.add_argument(
+        "--quick", action="store_true", help="operators of Llama-3-8B only, no decode steps"
+    )
     parser.add_argument("--shape", default="llama-3-8b", help="model of the decode steps")
     parser.add_argument("--minutes", type=float, default=9.0, help="time that it may take")
     parser.add_argument("--trace", type=Path, help="write a profiler trace of decode steps here")
