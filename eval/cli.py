@@ -110,7 +110,7 @@ def eval_grid(
     with open_tasks(names(tasks), data) as opened:
         lm = _load(model, dtype, trust_remote_code, device, batch_size, max_length)
         grid = Grid(
-            columns, opened, protocol, chosen, agreement_tokens,
+            columns, opened, protocol, chosen, agreement_tokens, model,
             {"command": " ".join(["wina", *sys.argv[1:]])},
         )  # fmt: skip
         texts = None if calibration is None else [read_text(calibration)]

@@ -68,6 +68,7 @@ class Grid:
         settings: of the tasks.
         agreement_tokens: tokens of each task's own text on which sparse and dense predictions are
             compared; 0 for none.
+        model: as the user named it, for ``grid.json``; the folder it was loaded from if empty.
         more: further facts for ``grid.json``.
     """
 
@@ -76,6 +77,7 @@ class Grid:
     protocol: str
     settings: Settings
     agreement_tokens: int = 2048
+    model: str = ""
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -304,7 +306,7 @@ class GridRun:
             "version": VERSION,
             "model": {
                 "name": Path(str(model.name_or_path)).name or model.config.model_type,
-                "path": str(model.name_or_path),
+                "path": self.grid.model or str(model.name_or_path),
                 "architecture": model.config.model_type,
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "dtype": str(model.dtype).removeprefix("torch."),
