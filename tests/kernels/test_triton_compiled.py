@@ -32,7 +32,10 @@ def check(variant: Variant, target: int) -> None:
     # A value or two may wait in local memory while a loop runs; the widest selection issues all its
     # loads at once, before its loop, and runs once a token.
     widest = variant.kernel == "topk_scale" and variant.launch.block_k > 16384
-    assert use.spilled <= (256 if widest else 8), "spills registers to local memory"
+    # The scales and biases of both products on top of 128 sums a thread, which plain calls hold.
+    fullest = (variant.kernel, variant.weights) == ("sparse_gate_up", "int4") and variant.extras
+    most = 256 if widest else 128 if fullest else 8
+    assert use.spilled <= most, "spills registers to local memory"
     assert use.shared <= compiled.SHARED_PER_BLOCK[target]
     if compiled.KERNELS[variant.kernel].loops:
         assert use.resident >= 2, "one program cannot hide its own barriers"
