@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,17 @@ from wina.bench.operators import (
     threshold_for,
 )
 from wina.bench.shapes import PROJECTION_SHAPES
-from wina.bench.timing import FULL, Effort, Timing, claim, compare, interleave_until_steady, ratio
+from wina.bench.timing import (
+    FULL,
+    STEADY,
+    Comparison,
+    Effort,
+    Timing,
+    claim,
+    compare,
+    interleave,
+    ratio,
+)
 from wina.errors import ConfigError
 from wina.kernels.dispatch import Backend, LayerSpec, backends, choose
 
@@ -67,7 +77,9 @@ def bench_kernels(
 
     Each round runs, in turn: a plain read of the same buffers, the dense product of torch on the
     usual N-major weight, and every backend at every sparsity; each call takes the buffers that
-    have been cold for longest. Every contender is compared with float64 first.
+    have been cold for longest. Every contender is compared with float64 first. The grid is gone
+    through twice or more (``effort.passes``), with new buffers: what differs from one run to the
+    next, differs between passes too, and a row whose passes disagree makes no claim.
 
     Returns:
         (rows, refusals). Rows of {operator, backend, device, shape [N, K], dtype, tokens,
@@ -79,11 +91,24 @@ def bench_kernels(
     Raises:
         WinaError: a backend is wrong; nothing is timed then.
     """
-    rows: list[dict[str, Any]] = []
-    refusals: list[dict[str, Any]] = []
     device = torch.device(grid.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' was asked for, but torch sees no GPU")
+    points, refusals = _points(grid, device)
+    waiting = points
+    for number in range(max(effort.passes, effort.most_passes)):
+        if number >= effort.passes:
+            waiting = [point for point in waiting if not point.steady]
+        _measure(waiting, number, effort, show_progress)
+    rows = [row for point in points for row in point.rows(grid.sparsities, effort)]
+    _add_break_even(rows)
+    return rows, refusals
+
+
+def _points(grid: Grid, device: torch.device) -> tuple[list[_Point], list[dict[str, Any]]]:
+    """All points of a grid, those that share weights next to each other, and the refusals."""
+    points: list[_Point] = []
+    refusals: list[dict[str, Any]] = []
     for dtype in grid.dtypes:
         for shape in grid.shapes:
             layer = LayerSpec(device, DTYPES[dtype], shape[1], shape[0])
@@ -92,15 +117,27 @@ def bench_kernels(
                 {"backend": name, "shape": list(shape), "dtype": dtype, "reason": reason}
                 for name, reason in refused.items()
             ]
-            for name in grid.operators:
-                weights = ColdWeights(
-                    shape, OPERATORS[name].matrices, DTYPES[dtype], device, effort.cold_bytes
-                )
-                for tokens in grid.tokens:
-                    point = _Point(OPERATORS[name], accepted, weights, dtype, tokens, effort)
-                    rows += point.rows(grid.sparsities, show_progress)
-    _add_break_even(rows)
-    return rows, refusals
+            points += [
+                _Point(OPERATORS[name], accepted, shape, dtype, tokens, device, grid.sparsities)
+                for name in grid.operators
+                for tokens in grid.tokens
+            ]
+    return points, refusals
+
+
+def _measure(points: Sequence[_Point], number: int, effort: Effort, show_progress: bool) -> None:
+    """Go through points once, with a share of the rounds."""
+    weights: ColdWeights | None = None
+    key: tuple[Any, ...] = ()
+    for point in points:
+        if weights is None or key != point.weights_key:
+            weights = None  # frees the old ones first
+            key = point.weights_key
+            weights = ColdWeights(
+                point.shape, point.operator.matrices, DTYPES[point.dtype], point.device,
+                effort.cold_bytes,
+            )  # fmt: skip
+        point.measure(weights, number, effort, show_progress)
 
 
 def _accepting(wanted: Sequence[str], layer: LayerSpec) -> tuple[list[Backend], dict[str, str]]:
@@ -117,79 +154,89 @@ def _accepting(wanted: Sequence[str], layer: LayerSpec) -> tuple[list[Backend], 
     )
 
 
-@dataclass(frozen=True)
 class _Point:
     """One operator at one shape, dtype and number of tokens: what runs interleaved."""
 
-    operator: Operator
-    backends: Sequence[Backend]
-    weights: ColdWeights
-    dtype: str
-    tokens: int
-    effort: Effort
+    def __init__(
+        self, operator: Operator, backends: Sequence[Backend], shape: tuple[int, int], dtype: str,
+        tokens: int, device: torch.device, sparsities: Sequence[float],
+    ) -> None:  # fmt: skip
+        self.operator, self.backends, self.shape, self.dtype = operator, backends, shape, dtype
+        self.tokens, self.device = tokens, device
+        self.x = inputs_for(shape, tokens, DTYPES[dtype], device)
+        self.thresholds = {s: threshold_for(self.x, s) for s in dict.fromkeys((0.0, *sparsities))}
+        self.times: dict[str, Timing] = {}
 
-    def rows(self, sparsities: Sequence[float], show_progress: bool) -> list[dict[str, Any]]:
-        N, K = self.weights.shape
-        device = self.weights.buffers.device
-        x = inputs_for((N, K), self.tokens, DTYPES[self.dtype], device)
-        asked = dict.fromkeys((0.0, *sparsities))
-        thresholds = {s: threshold_for(x, s) for s in asked}
-        first = self.weights.buffers[0]
+    @property
+    def weights_key(self) -> tuple[Any, ...]:
+        """Points with the same key can share weights."""
+        return (self.shape, self.operator.matrices, self.dtype)
+
+    def measure(
+        self, weights: ColdWeights, number: int, effort: Effort, show_progress: bool
+    ) -> None:
+        """Add the rounds of pass ``number``; the first begins with the comparison with float64."""
+        first = weights.buffers[0]
         with torch.no_grad():
-            for backend in self.backends:
-                for threshold in thresholds.values():
-                    gate(self.operator, backend, x, self.weights.k_major(first, backend), threshold)
-            contenders: dict[str, Callable[[], float | None]] = {
-                "read": self._timed(plain_read),
-                "torch": self._timed(lambda buffer: self.operator.dense(x, list(buffer))),
+            contenders = {
+                "read": _timed(plain_read, weights, effort),
+                "torch": _timed(lambda b: self.operator.dense(self.x, list(b)), weights, effort),
             }
             for backend in self.backends:
-                for s, threshold in thresholds.items():
-                    call = self._call(backend, x, threshold)
-                    contenders[f"{backend.name} {s}"] = self._timed(call)
+                for s, threshold in self.thresholds.items():
+                    if number == 0:
+                        matrices = weights.k_major(first, backend)
+                        gate(self.operator, backend, self.x, matrices, threshold)
+                    call = self._call(backend, threshold, weights)
+                    contenders[f"{backend.name} {s}"] = _timed(call, weights, effort)
+            N, K = self.shape
             title = f"{self.operator.name} {self.dtype} {N}×{K}, {self.tokens} tokens"
-            times = interleave_until_steady(
-                contenders,
-                self.effort,
-                lambda times: [
-                    compare(times["torch"], times[f"{backend.name} {s}"])
-                    for backend in self.backends
-                    for s in thresholds
-                ],
-                title,
-                show_progress,
-            )
-        kept = {s: kept_channels(x, threshold) for s, threshold in thresholds.items()}
-        return [
-            self._row(backend.name, s, kept[s], times)
-            for backend in self.backends
-            for s in dict.fromkeys(sparsities)
-        ]
+            if number:
+                title += f", pass {number + 1}"
+            found = interleave(contenders, -(-effort.rounds // effort.passes), title, show_progress)
+        for name, timing in found.items():
+            before = self.times[name].seconds if name in self.times else ()
+            self.times[name] = Timing(before + timing.seconds)
 
-    def _call(self, backend: Backend, x: Tensor, threshold: Tensor) -> Callable[[Tensor], Tensor]:
+    def _call(
+        self, backend: Backend, threshold: Tensor, weights: ColdWeights
+    ) -> Callable[[Tensor], Tensor]:
         return lambda buffer: self.operator.sparse(
-            backend, x, self.weights.k_major(buffer, backend), threshold
+            backend, self.x, weights.k_major(buffer, backend), threshold
         )
 
-    def _timed(self, function: Callable[[Tensor], Tensor]) -> Callable[[], float]:
-        count = len(self.weights.buffers)
-        calls = max(1, min(count, self.effort.call_bytes // self.weights.bytes))
-        if self.weights.buffers.is_cuda:
-            return _on_gpu(function, self.weights, count)
-        return _on_cpu(function, self.weights, calls)
+    def _against_torch(self, backend: Backend, sparsity: float) -> Comparison:
+        return compare(self.times["torch"], self.times[f"{backend.name} {sparsity}"])
 
-    def _row(
-        self, backend: str, sparsity: float, kept: int, times: Mapping[str, Timing]
-    ) -> dict[str, Any]:
-        N, K = self.weights.shape
-        own, own_dense = times[f"{backend} {sparsity}"], times[f"{backend} 0.0"]
-        dense, read = times["torch"], times["read"]
-        against = compare(dense, own)
+    @property
+    def steady(self) -> bool:
+        """Whether every ratio may be claimed."""
+        return all(
+            self._against_torch(backend, s).verdict == STEADY
+            for backend in self.backends
+            for s in self.thresholds
+        )
+
+    def rows(self, sparsities: Sequence[float], effort: Effort) -> list[dict[str, Any]]:
+        """One row for every backend and sparsity."""
+        return [
+            self._row(backend, s, effort) for backend in self.backends
+            for s in dict.fromkeys(sparsities)
+        ]  # fmt: skip
+
+    def _row(self, backend: Backend, sparsity: float, effort: Effort) -> dict[str, Any]:
+        N, K = self.shape
+        kept = kept_channels(self.x, self.thresholds[sparsity])
+        size = N * K * DTYPES[self.dtype].itemsize * self.operator.matrices
+        own = self.times[f"{backend.name} {sparsity}"]
+        own_dense = self.times[f"{backend.name} 0.0"]
+        dense, read = self.times["torch"], self.times["read"]
+        against = self._against_torch(backend, sparsity)
         best = dense if dense.median <= own_dense.median else own_dense
         return {
             "operator": self.operator.name,
-            "backend": backend,
-            "device": self.weights.buffers.device.type,
+            "backend": backend.name,
+            "device": self.device.type,
             "shape": [N, K],
             "dtype": self.dtype,
             "tokens": self.tokens,
@@ -200,15 +247,24 @@ class _Point:
             "own_dense_us": own_dense.median * 1e6,
             "torch_dense_us": dense.median * 1e6,
             "read_us": read.median * 1e6,
-            "bandwidth_gb_s": kept / K * self.weights.bytes / own.median / 1e9,
+            "bandwidth_gb_s": kept / K * size / own.median / 1e9,
             "bandwidth_share": ratio(read, own) * kept / K,
             "speedup_vs_own_dense": ratio(own_dense, own),
             "speedup_vs_torch": against.ratio,
             "speedup_vs_best_dense": ratio(best, own),
             "byte_ideal": K / kept if kept else None,
-            **claim(against, self.effort),
+            **claim(against, effort),
             "spread": own.spread,
         }
+
+
+def _timed(
+    function: Callable[[Tensor], Tensor], weights: ColdWeights, effort: Effort
+) -> Callable[[], float | None]:
+    count = len(weights.buffers)
+    if weights.buffers.is_cuda:
+        return _on_gpu(function, weights, count)
+    return _on_cpu(function, weights, max(1, min(count, effort.call_bytes // weights.bytes)))
 
 
 def _on_cpu(

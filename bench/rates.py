@@ -36,7 +36,7 @@ def measured_device(
         if weight.kind in SPARSE_KINDS:
             read[weight.shape[0], weight.shape[1]] += weight.read
     grid = Grid(tuple(read), dtypes=(dtype,), sparsities=(0.5,), device=device)
-    brief = replace(effort, rounds=min(effort.rounds, _ROUNDS), most_rounds=0)
+    brief = replace(effort, rounds=min(effort.rounds, _ROUNDS), passes=1, most_passes=1)
     rows, _ = bench_kernels(grid, brief, show_progress)
     seconds: defaultdict[str, float] = defaultdict(float)
     for row in rows:

@@ -4,7 +4,7 @@ A time says little where other work comes and goes; a ratio of two times taken n
 says more. So contenders run in turn, in every round, and a claim is the median over the rounds of
 the ratio inside a round. Whoever reads a ratio also gets an interval for it, and is told when the
 interval is wide or the first and the second half of the rounds disagree: such a ratio would not
-come out again. More rounds are run, up to a limit, while that is so.
+come out again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from typing import Any
 
 from wina.progress import progress
 
-# A ratio is claimed where it would come out again within this share.
+# A ratio is claimed where it would come out again within this share. Two runs are each uncertain, so
+# one of them may be so by the square root of a half of it.
 NOISE_LIMIT = 0.05
+CLAIM_LIMIT = NOISE_LIMIT / math.sqrt(2)
 TOO_NOISY = "too noisy for the claim"
 TOO_FEW = "too few rounds for a claim"
 STEADY = "steady"
@@ -32,7 +34,9 @@ class Effort:
 
     Attributes:
         rounds: interleaved rounds after one of warming up.
-        most_rounds: limit up to which rounds are added while a ratio is too noisy to be claimed.
+        passes: times that a grid is gone through, with a share of the rounds each, so that halves
+            of the rounds lie far apart: a machine may be slow for seconds on end.
+        most_passes: limit up to which points that are too noisy to be claimed are gone through.
         cold_bytes: size of the weights rotated through, which must not fit into any cache.
         call_bytes: weights read between two looks at the clock.
         claims: False where the times are to show that a bench runs, and nothing else.
@@ -42,10 +46,11 @@ class Effort:
     cold_bytes: int
     call_bytes: int
     claims: bool = True
-    most_rounds: int = 0
+    passes: int = 1
+    most_passes: int = 1
 
 
-FULL = Effort(rounds=15, most_rounds=60, cold_bytes=512 << 20, call_bytes=128 << 20)
+FULL = Effort(rounds=16, passes=2, most_passes=6, cold_bytes=512 << 20, call_bytes=128 << 20)
 QUICK = Effort(rounds=2, cold_bytes=1 << 20, call_bytes=1 << 18, claims=False)
 
 
@@ -108,7 +113,7 @@ class Comparison:
         """Whether the ratio may be claimed."""
         if self.rounds < _FEWEST:
             return TOO_FEW
-        return TOO_NOISY if self.uncertainty > NOISE_LIMIT else STEADY
+        return TOO_NOISY if self.uncertainty > CLAIM_LIMIT else STEADY
 
 
 def compare(slow: Timing, fast: Timing) -> Comparison:
@@ -174,32 +179,6 @@ def interleave(
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
-def interleave_until_steady(
-    contenders: Mapping[str, Callable[[], float | None]],
-    effort: Effort,
-    claims: Callable[[Mapping[str, Timing]], Sequence[Comparison]],
-    title: str = "timing",
-    show_progress: bool = True,
-) -> dict[str, Timing]:
-    """:func:`interleave`, repeated while a claim is noisy and ``effort.most_rounds`` allow it.
-
-    Args:
-        contenders: see :func:`interleave`.
-        effort: ``rounds`` are run at once.
-        claims: the comparisons that rows will be made of.
-        title, show_progress: see :func:`interleave`.
-    """
-    times = interleave(contenders, effort.rounds, title, show_progress)
-    done = effort.rounds
-    while done + effort.rounds <= effort.most_rounds:
-        if all(comparison.verdict == STEADY for comparison in claims(times)):
-            break
-        more = interleave(contenders, effort.rounds, f"{title}, again", show_progress)
-        times = {name: Timing(times[name].seconds + more[name].seconds) for name in times}
-        done += effort.rounds
-    return times
-
-
 def claim(comparison: Comparison, effort: Effort = FULL) -> dict[str, Any]:
     """What a row says beside its ratio: {low, high, uncertainty, rounds, verdict}."""
     return {
@@ -220,7 +199,7 @@ def noise_warnings(rows: Sequence[Mapping[str, Any]], what: Sequence[str]) -> li
     label = " ".join(str(worst[field]) for field in what)
     return [
         f"{len(noisy)} of {len(rows)} ratios are not to be claimed: uncertain "
-        f"by up to {worst['uncertainty']:.0%} (limit {NOISE_LIMIT:.0%}; worst: {label}; fewest "
+        f"by up to {worst['uncertainty']:.0%} (limit {CLAIM_LIMIT:.1%}; worst: {label}; fewest "
         f"rounds: {min(row['rounds'] for row in noisy)}). Leave the machine alone and repeat, or "
         "raise --rounds."
     ]

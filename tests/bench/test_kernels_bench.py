@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from wina.bench.operators import (
     kept_channels,
     threshold_for,
 )
-from wina.bench.timing import QUICK
+from wina.bench.timing import QUICK, STEADY, TOO_NOISY, Effort, Timing
 from wina.errors import ConfigError, UnknownNameError, WinaError
 from wina.kernels import reference
 from wina.kernels.dispatch import Backend, ReferenceBackend, backends
@@ -45,6 +47,28 @@ def test_every_point_of_the_grid_becomes_a_row() -> None:
         assert row["bandwidth_gb_s"] == pytest.approx(bytes_ / row["time_us"] / 1e3)
     assert {row["kept"] for row in rows if row["tokens"] == 1} == {24}
     assert all(24 < row["kept"] <= 48 for row in rows if row["tokens"] == 2)  # the union
+
+
+@pytest.mark.parametrize(("drift", "passes"), [(1.0, 2), (0.9, 4)])
+def test_points_whose_passes_disagree_are_gone_through_again(
+    monkeypatch: pytest.MonkeyPatch, drift: float, passes: int
+) -> None:
+    """A product that is as steady within every pass as can be, and faster in the next one."""
+    calls: list[str] = []
+
+    def scripted(contenders: Mapping[str, object], rounds: int, title: str, _: bool) -> Any:
+        calls.append(title)
+        slow, fast = Timing((1.0,) * rounds), Timing((0.5 * drift ** len(calls),) * rounds)
+        return {name: slow if name in ("torch", "read") else fast for name in contenders}
+
+    monkeypatch.setattr("wina.bench.kernels.interleave", scripted)
+    effort = Effort(rounds=8, passes=2, most_passes=4, cold_bytes=1, call_bytes=1)
+    grid = Grid(shapes=((33, 48),), dtypes=("float32",), sparsities=(0.5,))
+    (row,), _ = bench_kernels(grid, effort, show_progress=False)
+    assert row["rounds"] == 4 * passes
+    assert len(calls) == passes
+    assert calls[-1].endswith(f"pass {passes}")
+    assert row["verdict"] == (STEADY if drift == 1.0 else TOO_NOISY)
 
 
 class _Wrong(ReferenceBackend):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import pytest
 
@@ -10,12 +9,10 @@ from wina.bench.timing import (
     STEADY,
     TOO_FEW,
     TOO_NOISY,
-    Effort,
     Timing,
     claim,
     compare,
     interleave,
-    interleave_until_steady,
     median_interval,
     noise_warnings,
     ratio,
@@ -48,22 +45,6 @@ def test_wide_interval_makes_no_claim() -> None:
     assert found.disagreement == 0.0
     assert found.verdict == TOO_NOISY
     assert found.uncertainty == pytest.approx((1 / 0.8 - 1 / 1.2) / 2 / found.ratio)
-
-
-def test_rounds_are_added_while_a_claim_is_noisy() -> None:
-    effort = Effort(rounds=4, most_rounds=14, cold_bytes=1, call_bytes=1)
-    steady = {"slow": lambda: 2.0, "fast": lambda: 1.0}
-    drift = iter(1.0 + i for i in range(100))
-
-    def run(contenders: dict[str, Callable[[], float]]) -> int:
-        times = interleave_until_steady(
-            contenders, effort, lambda t: [compare(t["slow"], t["fast"])], show_progress=False
-        )
-        assert len(times["slow"].seconds) == len(times["fast"].seconds)
-        return len(times["slow"].seconds)
-
-    assert run(steady) == 4
-    assert run({**steady, "fast": lambda: next(drift)}) == 12
 
 
 def test_warning_names_the_worst_row() -> None:
