@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +80,8 @@ def bench_kernels(
     Each round runs, in turn: a plain read of the same buffers, the dense product of torch on the
     usual N-major weight, and every backend at every sparsity; each call takes the buffers that
     have been cold for longest. Every contender is compared with float64 first. The grid is gone
-    through twice or more (``effort.passes``), with new buffers: what differs from one run to the
-    next, differs between passes too, and a row whose passes disagree makes no claim.
+    through twice or more (``effort.passes``), by a new process each time: what differs from one run
+    to the next differs between passes too, and a row whose passes disagree makes no claim.
 
     Returns:
         (rows, refusals). Rows of {operator, backend, device, shape [N, K], dtype, tokens,
@@ -95,11 +97,14 @@ def bench_kernels(
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' was asked for, but torch sees no GPU")
     points, refusals = _points(grid, device)
-    waiting = points
+    waiting = list(range(len(points)))
     for number in range(max(effort.passes, effort.most_passes)):
         if number >= effort.passes:
-            waiting = [point for point in waiting if not point.steady]
-        _measure(waiting, number, effort, show_progress)
+            waiting = [index for index in waiting if not points[index].steady]
+        if waiting:
+            times = _apart(grid, waiting, number, effort, show_progress)
+            for index, found in zip(waiting, times, strict=True):
+                points[index].add(found)
     rows = [row for point in points for row in point.rows(grid.sparsities, effort)]
     _add_break_even(rows)
     return rows, refusals
@@ -125,11 +130,35 @@ def _points(grid: Grid, device: torch.device) -> tuple[list[_Point], list[dict[s
     return points, refusals
 
 
-def _measure(points: Sequence[_Point], number: int, effort: Effort, show_progress: bool) -> None:
-    """Go through points once, with a share of the rounds."""
+def _apart(
+    grid: Grid, chosen: Sequence[int], number: int, effort: Effort, show_progress: bool
+) -> list[dict[str, Timing]]:
+    """:func:`measure_points` in a process of its own where there are several passes.
+
+    Where memory comes to lie differs from process to process, and speed with it.
+    """
+    if effort.passes == 1:
+        return measure_points(grid, chosen, number, effort, show_progress)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure_points, grid, chosen, number, effort, show_progress).result()
+
+
+def measure_points(
+    grid: Grid, chosen: Sequence[int], number: int, effort: Effort, show_progress: bool
+) -> list[dict[str, Timing]]:
+    """Go through points once, with a share of the rounds.
+
+    Args:
+        grid: what the points are of.
+        chosen: their numbers.
+        number: of the pass, from 0.
+        effort, show_progress: of :func:`bench_kernels`.
+    """
+    points, _ = _points(grid, torch.device(grid.device))
     weights: ColdWeights | None = None
     key: tuple[Any, ...] = ()
-    for point in points:
+    found = []
+    for point in (points[index] for index in chosen):
         if weights is None or key != point.weights_key:
             weights = None  # frees the old ones first
             key = point.weights_key
@@ -137,7 +166,8 @@ def _measure(points: Sequence[_Point], number: int, effort: Effort, show_progres
                 point.shape, point.operator.matrices, DTYPES[point.dtype], point.device,
                 effort.cold_bytes,
             )  # fmt: skip
-        point.measure(weights, number, effort, show_progress)
+        found.append(point.measure(weights, number, effort, show_progress))
+    return found
 
 
 def _accepting(wanted: Sequence[str], layer: LayerSpec) -> tuple[list[Backend], dict[str, str]]:
@@ -174,8 +204,8 @@ class _Point:
 
     def measure(
         self, weights: ColdWeights, number: int, effort: Effort, show_progress: bool
-    ) -> None:
-        """Add the rounds of pass ``number``; the first begins with the comparison with float64."""
+    ) -> dict[str, Timing]:
+        """The rounds of pass ``number``; the first begins with the comparison with float64."""
         first = weights.buffers[0]
         with torch.no_grad():
             contenders = {
@@ -193,8 +223,11 @@ class _Point:
             title = f"{self.operator.name} {self.dtype} {N}×{K}, {self.tokens} tokens"
             if number:
                 title += f", pass {number + 1}"
-            found = interleave(contenders, -(-effort.rounds // effort.passes), title, show_progress)
-        for name, timing in found.items():
+            return interleave(contenders, -(-effort.rounds // effort.passes), title, show_progress)
+
+    def add(self, times: Mapping[str, Timing]) -> None:
+        """Take the rounds of one more pass."""
+        for name, timing in times.items():
             before = self.times[name].seconds if name in self.times else ()
             self.times[name] = Timing(before + timing.seconds)
 

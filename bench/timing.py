@@ -18,8 +18,8 @@ from typing import Any
 
 from wina.progress import progress
 
-# A ratio is claimed where it would come out again within this share. Two runs are each uncertain, so
-# one of them may be so by the square root of a half of it.
+# A ratio is claimed where it would come out again within this share. Two runs are both uncertain:
+# each may be so by the square root of a half of it.
 NOISE_LIMIT = 0.05
 CLAIM_LIMIT = NOISE_LIMIT / math.sqrt(2)
 TOO_NOISY = "too noisy for the claim"

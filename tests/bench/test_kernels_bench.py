@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,21 +54,29 @@ def test_points_whose_passes_disagree_are_gone_through_again(
     monkeypatch: pytest.MonkeyPatch, drift: float, passes: int
 ) -> None:
     """A product that is as steady within every pass as can be, and faster in the next one."""
-    calls: list[str] = []
+    calls: list[int] = []
 
-    def scripted(contenders: Mapping[str, object], rounds: int, title: str, _: bool) -> Any:
-        calls.append(title)
-        slow, fast = Timing((1.0,) * rounds), Timing((0.5 * drift ** len(calls),) * rounds)
-        return {name: slow if name in ("torch", "read") else fast for name in contenders}
+    def scripted(_: Grid, chosen: Sequence[int], number: int, effort: Effort, __: bool) -> Any:
+        calls.append(number)
+        slow, fast = ((s,) * effort.rounds for s in (1.0, 0.5 * drift**number))
+        times = {"torch": slow, "read": slow, "cpu 0.0": fast, "cpu 0.5": fast}
+        return [{name: Timing(seconds) for name, seconds in times.items()} for _ in chosen]
 
-    monkeypatch.setattr("wina.bench.kernels.interleave", scripted)
-    effort = Effort(rounds=8, passes=2, most_passes=4, cold_bytes=1, call_bytes=1)
-    grid = Grid(shapes=((33, 48),), dtypes=("float32",), sparsities=(0.5,))
+    monkeypatch.setattr("wina.bench.kernels._apart", scripted)
+    effort = Effort(rounds=4, passes=2, most_passes=4, cold_bytes=1, call_bytes=1)
+    grid = Grid(shapes=((33, 48),), dtypes=("float32",), sparsities=(0.5,), backends=("cpu",))
     (row,), _ = bench_kernels(grid, effort, show_progress=False)
+    assert calls == list(range(passes))
     assert row["rounds"] == 4 * passes
-    assert len(calls) == passes
-    assert calls[-1].endswith(f"pass {passes}")
     assert row["verdict"] == (STEADY if drift == 1.0 else TOO_NOISY)
+
+
+def test_every_pass_has_its_process() -> None:
+    effort = Effort(rounds=2, passes=2, most_passes=2, cold_bytes=1, call_bytes=1)
+    grid = Grid(shapes=((33, 48),), dtypes=("float32",), sparsities=(0.5,), backends=("cpu",))
+    (row,), _ = bench_kernels(grid, effort, show_progress=False)
+    assert row["rounds"] == 2
+    assert row["time_us"] > 0
 
 
 class _Wrong(ReferenceBackend):
