@@ -24,6 +24,7 @@ from wina.bench.card import copy_bandwidth, require_card
 from wina.bench.gpu_check import check_kernels
 from wina.bench.gpu_decode import bench_steps, fits, model_on
 from wina.bench.gpu_operators import CALLS, bench_operators, bench_scales
+from wina.bench.gpu_quantized import bench_quantized, check_quantized_kernels
 from wina.bench.machine import machine_card
 from wina.errors import WinaError
 from wina.kernels import triton
@@ -40,6 +41,15 @@ _OPERATORS = {
     "vs cuBLAS": ("speedup_vs_cublas", "{:.2f}×"),
     "vs compiled": ("speedup_vs_compiled", "{:.2f}×"),
     "vs TEAL-style": ("speedup_vs_teal_style", "{:.2f}×"),
+}
+_QUANTIZED = {
+    "projection": ("projection", "{}"),
+    "weights": ("weights", "{}"),
+    "[N, K]": ("shape", "{0[0]}×{0[1]}"),
+    "sparsity": ("sparsity", "{:.2f}"),
+    "µs": ("time_us", "{:.1f}"),
+    "of copy bandwidth": ("bandwidth_share", "{:.0%}"),
+    "vs cuBLAS in bfloat16": ("speedup_vs_cublas", "{:.2f}×"),
 }
 _SCALES = {
     "kernel": ("kernel", "{}"),
@@ -66,6 +76,11 @@ def print_gpu(rows: Sequence[dict[str, Any]], compared: int, left_out: Sequence[
     for title, columns, kernels in (
         ("decode steps, compiled and replayed from a CUDA graph", _STEPS, ("decode step",)),
         ("per-token cut-offs, one token", _SCALES, ("topk_scale", "mean_scale")),
+        (
+            "integer weights, cold, one token",
+            _QUANTIZED,
+            ("sparse_linear_quantized", "sparse_gate_up_quantized"),
+        ),
         (
             "operators, cold weights",
             _OPERATORS,
@@ -115,7 +130,7 @@ def main() -> None:
         if (reason := triton.refuses_card(device) or triton.load()) is not None:
             raise WinaError(f"no Triton kernels here: {reason}")
         with torch.no_grad():
-            compared = check_kernels(device)
+            compared = check_kernels(device) + check_quantized_kernels(device)
             if not asked.check:
                 rows = _measure(device, asked.shape, asked.quick, asked.trace, budget)
     except WinaError as error:
@@ -137,6 +152,7 @@ def _measure(
         torch.cuda.empty_cache()
     rows += bench_scales(device, budget)
     calls = [call for call in CALLS if not quick or call.model == "Llama-3-8B"]
+    rows += bench_quantized(device, copy, budget)
     return rows + bench_operators(device, copy, budget, calls)
 
 

@@ -39,16 +39,16 @@ def check_kernels(device: torch.device) -> int:
         name = f"{T} tokens, K={K}, N={N}, {dtype}, sparsity {sparsity}"
         eps = torch.finfo(dtype).eps
         linear = ops.sparse_linear(x, gate, threshold, bias, scale)
-        _compare(f"sparse_linear of {name}", linear, g, eps * g.abs() + 3e-6 * size + 1e-6)
+        compare(f"sparse_linear of {name}", linear, g, eps * g.abs() + 3e-6 * size + 1e-6)
         residual = torch.randn(T, N, generator=generator, device=device).to(dtype)
         added = ops.sparse_linear(x, gate, threshold, bias, scale, residual)
         # The definition, which serves more tokens than kernels do, rounds the product as well.
         y = g + residual.double()
         allowed = eps * (y.abs() + g.abs() * (T > triton.MAX_TOKENS)) + 3e-6 * size + 1e-6
-        _compare(f"sparse_linear with residual of {name}", added, y, allowed)
+        compare(f"sparse_linear with residual of {name}", added, y, allowed)
         group = ops.sparse_group(x, [gate, up], [threshold] * 2, [bias, None], [scale] * 2)
         for part, got, want in zip(("first", "second"), group, (g, u), strict=True):
-            _compare(f"sparse_group ({part} weight) of {name}", got, want,
+            compare(f"sparse_group ({part} weight) of {name}", got, want,
                      eps * want.abs() + 3e-6 * size + 1e-6)  # fmt: skip
         compared += 2 + _check_scales(x, threshold.abs() + 0.1, name)
         again = ops.sparse_linear(x, gate, threshold, bias, scale)
@@ -58,7 +58,7 @@ def check_kernels(device: torch.device) -> int:
         # Above the kernels' tokens g, its activation and u are rounded on the way.
         roundings = 1 if T <= triton.MAX_TOKENS else 4
         allowed = (roundings * eps + 1e-5) * (1 + g.abs()) * (1 + u.abs()) + 6e-6 * size
-        _compare(f"sparse_gate_up of {name}", h, F.silu(g) * u, allowed)
+        compare(f"sparse_gate_up of {name}", h, F.silu(g) * u, allowed)
         x[0, K // 2] = torch.nan
         dropped = ops.sparse_linear(x, gate, torch.full_like(threshold, torch.inf))
         if not dropped[0].isnan().all() or not dropped[1:].isfinite().all():
@@ -70,13 +70,13 @@ def check_kernels(device: torch.device) -> int:
 
 def _check_scales(x: Tensor, threshold: Tensor, name: str) -> int:
     mean, want = ops.mean_scale(x), reference.mean_scale(x.float())
-    _compare(f"mean_scale of {name}", mean, want, 1e-5 * want)
+    compare(f"mean_scale of {name}", mean, want, 1e-5 * want)
     K = x.shape[1]
     if K == 1:
         return 1
     for dropped in {1, K // 2 or 1, K - 1}:
         cut = reference.topk_scale(x, threshold, dropped)
-        _compare(f"topk_scale ({dropped} dropped) of {name}", ops.topk_scale(x, threshold, dropped),
+        compare(f"topk_scale ({dropped} dropped) of {name}", ops.topk_scale(x, threshold, dropped),
                  cut, torch.zeros_like(cut))  # fmt: skip
     return 2
 
@@ -92,7 +92,8 @@ def _odd_calls() -> Iterator[tuple[int, int, int, torch.dtype, float]]:
             yield T, 4096, 1024, torch.bfloat16, sparsity
 
 
-def _compare(name: str, got: Tensor, want: Tensor, allowed: Tensor) -> None:
+def compare(name: str, got: Tensor, want: Tensor, allowed: Tensor) -> None:
+    """Raise a WinaError that names the call if a result is off by more than allowed, all [T, N]."""
     excess = float(((got.double() - want).abs() - allowed).max())
     if not excess <= 0:
         raise WinaError(f"{name} exceeds its error bound by {excess:.3g}: not timing anything")

@@ -9,11 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from wina.bench import gpu, gpu_check, gpu_decode, gpu_operators, teal_style
+from wina.bench import (
+    gpu,
+    gpu_check,
+    gpu_decode,
+    gpu_operators,
+    gpu_quantized,
+    teal_style,
+)
 from wina.bench.budget import Budget
 from wina.bench.gpu_operators import Call
 from wina.errors import WinaError
-from wina.kernels import cpu, ops, triton
+from wina.kernels import cpu, ops, quantized, triton
 from wina.testing import tiny_model
 
 CARD = torch.cuda.is_available()
@@ -58,6 +65,44 @@ def test_swapped_products_of_a_group_stop_the_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ops, "sparse_group", lambda *a: right(*a)[::-1])
     with pytest.raises(WinaError, match=r"sparse_group .* of .* not timing anything"):
         gpu_check.check_kernels(CPU)
+
+
+@pytest.fixture
+def few_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = [c for c in gpu_quantized._odd_calls() if c[1] * c[2] < 100_000]
+    monkeypatch.setattr(gpu_quantized, "_odd_calls", lambda: iter(calls))
+
+
+@pytest.mark.usefixtures("few_quantized")
+def test_right_integer_products_pass_the_gate() -> None:
+    assert gpu_quantized.check_quantized_kernels(CPU) > 80
+
+
+@pytest.mark.usefixtures("few_quantized")
+@pytest.mark.parametrize("name", ["linear_operator", "gate_up_operator"])
+def test_a_wrong_integer_product_stops_the_run(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    right = getattr(quantized, name)
+    monkeypatch.setattr(quantized, name, lambda *a: right(*a) * 1.05)
+    with pytest.raises(WinaError, match=r"_quantized of .* not timing anything"):
+        gpu_quantized.check_quantized_kernels(CPU)
+
+
+def test_integer_weights_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def clock(call, copies) -> float:
+        assert call(copies[0]) is not None
+        return 1e-6
+
+    monkeypatch.setattr(gpu_quantized, "seconds_in_graph", clock)
+    monkeypatch.setattr(gpu_quantized, "cold_copies", lambda weights: [list(weights)])
+    shapes = (("o", 256, 384), ("gate_up", 256, 384))
+    rows = gpu_quantized.bench_quantized(CPU, 1e12, Budget(3600.0), shapes)
+    assert [(r["projection"], r["weights"], r["sparsity"]) for r in rows] == [
+        (p, w, s) for p in ("o", "gate_up") for w in ("int8", "int4") for s in (0.0, 0.5, 0.65)
+    ]
+    # Three groups of 128 columns: a line and a scale each, the scales padded to an even number.
+    assert rows[0]["kept_bytes"] == 256 * (384 + 8)
+    assert rows[4]["kept_bytes"] == pytest.approx(128 * (192 + 8), rel=0.02)
+    assert rows[6]["kept_bytes"] == 2 * rows[0]["kept_bytes"]
 
 
 @pytest.fixture
@@ -168,3 +213,4 @@ def test_a_step_decodes_what_generate_does() -> None:
 def test_every_kernel_on_the_card() -> None:
     assert triton.load() is None
     assert gpu_check.check_kernels(torch.device("cuda", 0)) > 600
+    assert gpu_quantized.check_quantized_kernels(torch.device("cuda", 0)) > 100
