@@ -6,7 +6,7 @@ import copy
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -291,17 +291,20 @@ class _Bench:
             "ms_p95": steps[min(len(steps) - 1, round(0.95 * len(steps)))],
             "speedup_vs_dense": against.ratio,
             "byte_ideal": byte_ideal(self.structure, work),
-            "predicted_speedup": self._predicted(work, batch / dense.decode.median),
+            "predicted_speedup": self._predicted(
+                work, plan is not None, batch / dense.decode.median
+            ),
             **claim(against, self.effort),
             "spread": decode.spread,
             "working_gib": None if runs.working is None else runs.working / 2**30,
             "peak_gib": runs.peak / 2**30,
         }
 
-    def _predicted(self, work: Load, dense_tokens_per_s: float) -> float:
+    def _predicted(self, work: Load, patched: bool, dense_tokens_per_s: float) -> float:
         overhead = overhead_for(self.structure, self.memory, work, dense_tokens_per_s)
         dense = cost(self.structure, work.dense).seconds(self.memory, overhead)
-        return dense / cost(self.structure, work).seconds(self.memory, overhead)
+        step = replace(cost(self.structure, work), sparse=patched)  # at sparsity 0, too
+        return dense / step.seconds(self.memory, overhead)
 
 
 def _fastest(runs: Sequence[_Runs]) -> _Runs:
