@@ -164,7 +164,9 @@ def protocol(header: Mapping[str, Any]) -> str:
 def documents(header: Mapping[str, Any]) -> str:
     """How much of each task was scored."""
     limit = header.get("limit")
-    return "all documents" if limit is None else f"first {limit} documents of each task"
+    general = "all documents" if limit is None else f"first {limit} documents of each task"
+    own = any("@" in str(task) for task in header.get("tasks") or ())
+    return f"first N documents of a task@N, else {general}" if own else general
 
 
 def conditions(report: Report) -> list[str]:

@@ -22,6 +22,7 @@ from wina.eval.report.grid import load
 from wina.eval.report.render import COLUMNS, RENDERERS, to_csv, to_html, to_json, to_markdown
 from wina.eval.report.summary import summarise
 from wina.eval.report.write import write_report
+from wina.eval.report.words import documents
 
 FEW = ("piqa", "lambada_openai", "wikitext2", "greedy_generation")
 HOSTILE = "<script>alert(1)</script>\"'&|`*_ [x](javascript:0)"
@@ -425,3 +426,9 @@ class _Tags(HTMLParser):
 def _table(markdown: str, heading: str) -> list[str]:
     section = markdown.split(heading)[1].split("\n## ")[0]
     return [line for line in section.splitlines() if line.startswith("|")]
+
+
+def test_limits_of_single_tasks_are_told() -> None:
+    assert documents({"limit": None, "tasks": ["piqa"]}) == "all documents"
+    told = documents({"limit": 20, "tasks": ["piqa", "boolq@5"]})
+    assert told == "first N documents of a task@N, else first 20 documents of each task"
