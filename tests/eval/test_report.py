@@ -21,8 +21,8 @@ from wina.eval.report.differences import segments
 from wina.eval.report.grid import load
 from wina.eval.report.render import COLUMNS, RENDERERS, to_csv, to_html, to_json, to_markdown
 from wina.eval.report.summary import summarise
-from wina.eval.report.write import write_report
 from wina.eval.report.words import documents
+from wina.eval.report.write import write_report
 
 FEW = ("piqa", "lambada_openai", "wikitext2", "greedy_generation")
 HOSTILE = "<script>alert(1)</script>\"'&|`*_ [x](javascript:0)"
