@@ -175,14 +175,26 @@ def check_linear(
         )
 
 
+def check_residual(x: Tensor, columns: int, residual: Tensor | None) -> None:
+    """Raise a RuntimeError unless a residual, if there is one, is [..., N] in the dtype of x."""
+    shape = (*x.shape[:-1], columns)
+    if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
+        raise RuntimeError(
+            f"residual must be {shape} {x.dtype}, got {tuple(residual.shape)} {residual.dtype}"
+        )
+
+
+def check_activation(name: str) -> None:
+    """Raise a RuntimeError if no kernel knows an activation by this name."""
+    if name not in reference.ACTIVATIONS:
+        raise RuntimeError(
+            f"unknown activation {name!r}; known: {', '.join(reference.ACTIVATIONS)}"
+        )
+
+
 def _check_sparse_linear(a: Arguments) -> None:
     check_linear(a.x, a.weight, a.threshold, a.bias, a.scale)
-    shape = (*a.x.shape[:-1], a.weight.shape[1])
-    if a.residual is not None and (a.residual.shape != shape or a.residual.dtype != a.x.dtype):
-        raise RuntimeError(
-            f"residual must be {shape} {a.x.dtype}, got {tuple(a.residual.shape)} "
-            f"{a.residual.dtype}"
-        )
+    check_residual(a.x, a.weight.shape[1], a.residual)
 
 
 def _check_gate_up(a: Arguments) -> None:
@@ -193,10 +205,7 @@ def _check_gate_up(a: Arguments) -> None:
             f"gate and up must share a shape [K, N], got {tuple(a.gate.shape)} and "
             f"{tuple(a.up.shape)}"
         )
-    if a.activation not in reference.ACTIVATIONS:
-        raise RuntimeError(
-            f"unknown activation {a.activation!r}; known: {', '.join(reference.ACTIVATIONS)}"
-        )
+    check_activation(a.activation)
 
 
 def _check_group(a: Arguments) -> None:

@@ -165,12 +165,7 @@ def check_quantized(
 
 def _check_linear(a: Arguments) -> None:
     check_quantized(a.x, a.packed, a.scales, a.columns, a.bits, a.threshold, a.bias, a.scale)
-    shape = (*a.x.shape[:-1], a.columns)
-    if a.residual is not None and (a.residual.shape != shape or a.residual.dtype != a.x.dtype):
-        raise RuntimeError(
-            f"residual must be {shape} {a.x.dtype}, got {tuple(a.residual.shape)} "
-            f"{a.residual.dtype}"
-        )
+    ops.check_residual(a.x, a.columns, a.residual)
 
 
 def _check_gate_up(a: Arguments) -> None:
@@ -180,10 +175,7 @@ def _check_gate_up(a: Arguments) -> None:
     check_quantized(
         a.x, a.up, a.up_scales, a.columns, a.bits, a.up_threshold, a.up_bias, a.up_scale
     )
-    if a.activation not in reference.ACTIVATIONS:
-        raise RuntimeError(
-            f"unknown activation {a.activation!r}; known: {', '.join(reference.ACTIVATIONS)}"
-        )
+    ops.check_activation(a.activation)
 
 
 def _output(a: Arguments) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from wina.bench.decode import Sweep, bench_decode, prompts_for, random_model
+from wina.bench.devices import Device
 from wina.bench.generation import ENGINES, decode_seconds, generate, model_bytes, peak_memory
 from wina.bench.structure import structure_of
 from wina.bench.timing import QUICK
@@ -48,6 +49,21 @@ def test_sweep_becomes_rows(llama: nn.Module) -> None:
         assert sparse["batch"] == batch
     # The union of two tokens' channels is larger than one token's.
     assert rows[10]["byte_ideal"] < rows[8]["byte_ideal"]
+
+
+def test_a_patched_model_is_predicted_at_the_rate_of_sparse_kernels(
+    llama: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At sparsity 0, too: its own kernel serves it, at twice the speed of the dense product."""
+    device = Device("here", 1e-6, None, "given", dense_share=0.25, sparse_share=0.5)
+    monkeypatch.setattr("wina.bench.decode.measured_device", lambda *_: device)
+    monkeypatch.setattr("wina.bench.decode.overhead_for", lambda *_: 0.0)
+    dense, own = bench_decode(
+        llama, [plan(0.0)], Sweep(new_tokens=3), texts=CALIBRATION, effort=QUICK,
+        show_progress=False,
+    )  # fmt: skip
+    assert dense["predicted_speedup"] == 1.0
+    assert 1.3 < own["predicted_speedup"] < 2.0
 
 
 def test_generation_has_a_time_for_every_token(llama: nn.Module) -> None:

@@ -36,12 +36,10 @@ class BlockError(Allocation):
         grid = sparsity_grid(self.step, self.most)
 
         def visit(block: Block) -> None:
-            size = float(block.output.float().norm(dim=-1).mean())
             dense = {unit.name: 0.0 for unit in block.units}
             for unit in block.units:
-                errors = [block.error({**dense, unit.name: sparsity}) for sparsity in grid]
-                relative = [(error / size) ** 2 for error in errors]
-                points = [(0.0, 0.0), *zip(grid, relative, strict=True)]
+                errors = block.relative_errors({**dense, unit.name: s} for s in grid)
+                points = [(0.0, 0.0), *zip(grid, errors, strict=True)]
                 curves.append(Curve(unit.name, unit.weights, points))
 
         visit_blocks(problem, problem.tokens(self.tokens), visit, "output error of blocks")

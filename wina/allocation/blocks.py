@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,14 @@ class Block:
     def weights(self) -> int:
         """Number of weights of the block's projections."""
         return sum(unit.weights for unit in self.units)
+
+    def relative_errors(self, settings: Iterable[Mapping[str, float]]) -> list[float]:
+        """‖Y − Ŷ‖₂²/‖Y‖₂² of the block's output for each setting of its units' sparsities.
+
+        Norms are means over tokens; blocks whose outputs are large become comparable.
+        """
+        size = float(self.output.float().norm(dim=-1).mean())
+        return [(self.error(sparsities) / size) ** 2 for sparsities in settings]
 
     def error(self, sparsities: Mapping[str, float], last: float = 1.0) -> float:
         """‖Y − Ŷ‖₂ of the block's output, averaged over the last share of each window's tokens.

@@ -40,10 +40,8 @@ class Growing(Allocation):
 
         def visit(block: Block) -> None:
             names = [unit.name for unit in block.units]
-            size = float(block.output.float().norm(dim=-1).mean())
-            errors = [block.error(dict.fromkeys(names, sparsity)) for sparsity in grid]
-            relative = [(error / size) ** 2 for error in errors]
-            points = [(0.0, 0.0), *zip(grid, relative, strict=True)]
+            errors = block.relative_errors(dict.fromkeys(names, s) for s in grid)
+            points = [(0.0, 0.0), *zip(grid, errors, strict=True)]
             curves.append(Curve(str(len(curves)), block.weights, points))
             units.append(names)
 
