@@ -26,7 +26,12 @@ def ids(pairs: list[tuple[Variant, int]]) -> list[str]:
     return [f"{variant} sm_{target}" for variant, target in pairs]
 
 
-def check(variant: Variant, target: int) -> None:
+# The only plain call that spills outside of its loop: one register, stored and loaded once.
+SPILLS = {("sparse_gate_up bfloat16 one 128Bx128 w4 s3 silu", 80): 8}
+
+
+def check(variant: Variant, target: int, spilled: int = 0) -> None:
+    """``spilled``: bytes that may wait in local memory outside of loops."""
     use = compile_variant(variant, target)
     assert use.spills_in_loops == 0, "spills registers inside of a loop"
     # A value or two may wait in local memory while a loop runs; the widest selection issues all its
@@ -34,7 +39,7 @@ def check(variant: Variant, target: int) -> None:
     widest = variant.kernel == "topk_scale" and variant.launch.block_k > 16384
     # The scales and biases of both products on top of 128 sums a thread, which plain calls hold.
     fullest = (variant.kernel, variant.weights) == ("sparse_gate_up", "int4") and variant.extras
-    most = 256 if widest else 128 if fullest else 8
+    most = 256 if widest else 128 if fullest else spilled
     assert use.spilled <= most, "spills registers to local memory"
     assert use.shared <= compiled.SHARED_PER_BLOCK[target]
     if compiled.KERNELS[variant.kernel].loops:
@@ -47,13 +52,13 @@ def check(variant: Variant, target: int) -> None:
 
 @pytest.mark.parametrize(("variant", "target"), QUICK, ids=ids(QUICK))
 def test_resources(variant: Variant, target: int) -> None:
-    check(variant, target)
+    check(variant, target, SPILLS.get((str(variant), target), 0))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("variant", "target"), ALL, ids=ids(ALL))
 def test_resources_of_every_combination(variant: Variant, target: int) -> None:
-    check(variant, target)
+    check(variant, target, 8)
 
 
 @pytest.mark.parametrize("many", [False, True])
