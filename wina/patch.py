@@ -73,13 +73,17 @@ def _memory(parameter: nn.Parameter) -> Tensor:
 
 @dataclass
 class Patch:
-    """What was done to a model, in the order in which it was done."""
+    """What was done to a model, in the order in which it was done.
+
+    ``attributes`` are names that were set on the model itself, hiding those of its class.
+    """
 
     plan: SparsityPlan
     control: Control
     replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     transposed: list[nn.Parameter] = field(default_factory=list)
     layout: Layout = field(default_factory=Layout)
+    attributes: list[str] = field(default_factory=list)
     dropped: bool = False
 
     def drop_originals(self) -> None:
@@ -248,7 +252,10 @@ def restore(model: nn.Module) -> None:
             "the original weights were not kept when they were rounded: load the model again, or "
             "pass keep_original=True to wina.sparsify before wina.restore"
         )
-    patch_of(model).undo()
+    patch = patch_of(model)
+    patch.undo()
+    for name in patch.attributes:
+        del model.__dict__[name]
     del model.__dict__[_ATTRIBUTE]
 
 
