@@ -82,9 +82,9 @@ def _save_pretrained(
 def _float_state_dict(model: nn.Module, patch: Patch) -> dict[str, Tensor]:
     """The state dict of the dense model: floats under ``weight``, whatever is kept in memory."""
     originals = {
-        parent._modules[leaf]: original.weight
-        for parent, leaf, original in patch.replaced
-        if isinstance(original, nn.Linear)
+        replaced.new: replaced.original.weight
+        for replaced in patch.replaced
+        if isinstance(replaced.original, nn.Linear)
     }
     weights: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
