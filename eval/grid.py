@@ -28,6 +28,7 @@ from wina.eval.measurement import EvalTask, Measurement, Settings
 from wina.files import remove_partial, write_atomically
 from wina.patch import apply_plan, restore
 from wina.plan import SparsityPlan
+from wina.rotation import rotated
 
 FORMAT = "wina-eval"
 VERSION = 1
@@ -206,11 +207,13 @@ class GridRun:
         if column.config is None:
             yield
             return
-        apply_plan(self.lm.model, self._plan(column.config), column.config.prefill, BACKEND)
-        try:
-            yield
-        finally:
-            restore(self.lm.model)
+        config, model = column.config, self.lm.model
+        with rotated(model, config.rotation_spec, self.lm.tokenizer, show_progress=False):
+            apply_plan(model, self._plan(config), config.prefill, BACKEND)
+            try:
+                yield
+            finally:
+                restore(model)
 
     def _plan(self, config: SparsityConfig) -> SparsityPlan:
         """The saved plan of a config, or a new one, saved. It does not depend on the protocol."""

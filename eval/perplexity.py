@@ -24,6 +24,7 @@ from wina.methods import METHODS
 from wina.patch import is_patched, prefill_protocol, restore
 from wina.prefill import parse_prefill
 from wina.progress import progress
+from wina.rotation import rotated, rotation_elements
 from wina.texts import bundled, to_windows
 
 
@@ -168,18 +169,20 @@ def compare(
     baseline = perplexity(model, windows, title="scoring dense", show_progress=show_progress)
     rows = [_row("dense", 0.0, baseline, baseline)]
     for config in configs:
-        sparsify(
-            model, config, tokenizer=tokenizer, keep_original=True, show_progress=show_progress
-        )
-        try:
-            title = f"scoring {config.method} at {config.sparsity:.0%}"
-            scored = perplexity(
-                model, windows, prefill, config.sink_tokens, title=title,
-                show_progress=show_progress,
-            )  # fmt: skip
-        finally:
-            restore(model)
-        rows.append(_row(config.method, config.sparsity, scored, baseline))
+        with rotated(model, config.rotation_spec, tokenizer, show_progress):
+            sparsify(
+                model, config, tokenizer=tokenizer, keep_original=True, show_progress=show_progress
+            )
+            try:
+                title = f"scoring {config.method} at {config.sparsity:.0%}"
+                scored = perplexity(
+                    model, windows, prefill, config.sink_tokens, title=title,
+                    show_progress=show_progress,
+                )  # fmt: skip
+                extra = rotation_elements(model).bytes
+            finally:
+                restore(model)
+        rows.append(_row(config.method, config.sparsity, scored, baseline, extra))
         if show_progress:
             Console(stderr=True).print(
                 f"{config.method} at {config.sparsity:.0%}: perplexity {scored.perplexity:.3f}, "
@@ -189,14 +192,16 @@ def compare(
     return rows
 
 
-def _row(method: str, sparsity: float, scored: Perplexity, baseline: Perplexity) -> dict[str, Any]:
+def _row(
+    method: str, sparsity: float, scored: Perplexity, baseline: Perplexity, extra_bytes: int = 0
+) -> dict[str, Any]:
     return {
         "method": method,
         "sparsity": sparsity,
         "realised_bytes_sparsity": scored.realised,
         "perplexity": scored.perplexity,
         "nats_over_dense": scored.nats - baseline.nats,
-        "extra_bytes": 0,
+        "extra_bytes": extra_bytes,
         "tokens": scored.tokens,
     }
 

@@ -11,11 +11,12 @@ from wina.methods import METHODS
 from wina.testing import random_tokens, tiny_model, tiny_tokenizer
 from wina.texts import to_windows
 
-# Methods whose policy has more to do are covered by tests/allocation.
+# Methods whose policy has more to do are covered by tests/allocation, those that want a rotated
+# model by tests/rotation.
 CHEAP_METHODS = [
     name
     for name, method in ((name, METHODS[name]) for name in METHODS)
-    if not method.dense and method.needs == Needs.NOTHING
+    if not method.dense and method.needs == Needs.NOTHING and method.rotation == "none"
 ]
 
 
@@ -122,6 +123,7 @@ def test_bundled_text_is_the_default(llama: nn.Module) -> None:
         "tokens": 1024,
         "criterion": "l2-norm",
         "allocation": "uniform",
+        "rotation": "none",
     }
     assert plan.realised == pytest.approx(0.5, abs=0.01)
 

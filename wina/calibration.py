@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from wina.allocation import Problem, Uniform, Unit
 from wina.config import SparsityConfig
 from wina.errors import CalibrationError, PatchStateError
+from wina.methods import METHODS
 from wina.plan import ProjectionPlan, SparsityPlan, weight_sample
 from wina.prefill import Prefill
 from wina.progress import Advance, progress
@@ -29,6 +30,7 @@ from wina.projections import (
     group_members,
     model_type_of,
 )
+from wina.rotation import check_rotation, rotation_of
 from wina.scores import ChannelScores, rounded
 from wina.statistics import ScoreHistogram
 from wina.texts import bundled, to_windows
@@ -60,13 +62,14 @@ def calibrate(
     Raises:
         UnsupportedModelError: a module does not fit; the message names it.
         CalibrationError: the text is too short, or a projection received NaN or Inf.
-        PatchStateError: the model is sparsified already.
+        PatchStateError: the model is sparsified already, or not rotated as the method wants it.
     """
     config = config or SparsityConfig()
     if hasattr(model, "_wina_patch"):
         raise PatchStateError(
             "the model is sparsified: call wina.restore(model) before calibrating"
         )
+    check_rotation(model, config.rotation_spec)
     projections = find_projections(model)
     windows = to_windows(
         bundled("calibration") if texts is None else texts,
@@ -108,6 +111,7 @@ def calibrate(
             "tokens": windows.numel(),
             "criterion": config.criterion_spec,
             "allocation": config.allocation_spec,
+            "rotation": rotation_of(model),
         },
         layers=run(sparsities, title, show_progress),
     )
@@ -129,13 +133,20 @@ def _scores(
         modules = [model.get_submodule(projection.name) for projection in unit.projections]
         shared = ChannelScores(
             weights=[module.weight for module in modules],  # type: ignore[misc]
-            criterion=config.make_criterion(),
+            criterion=config.make_criterion(_deciding_role(unit, config)),
             selector=config.make_selector(),
             seed=config.seed + zlib.crc32(unit.name.encode()),
             weight_dtype=config.weight_dtype,
         )
         found.update({projection.name: shared for projection in unit.projections})
     return found
+
+
+def _deciding_role(unit: Unit, config: SparsityConfig) -> str:
+    """The role whose criterion a unit takes: one that the method names, if it has one."""
+    named = METHODS[config.method].criteria
+    roles = [projection.role for projection in unit.projections]
+    return next((role for role in roles if role in named), roles[0])
 
 
 class _Calibrator:

@@ -20,6 +20,7 @@ from wina.cli_options import (
     Sparsity,
     Trust,
     WeightDtype,
+    give_rotation,
     load_model,
     names,
     numbers,
@@ -34,7 +35,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Training-free activation sparsity: read only the weights that a token needs.",
     epilog="Start with `wina demo`. Methods: dense, wina, teal, wisparse, random; with "
-    "sparsity divided over the projections: wina-plus, teal-greedy, wina-greedy, was.",
+    "sparsity divided over the projections: wina-plus, teal-greedy, wina-greedy, was; on a rotated "
+    "model: wina-paper, larosa.",
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
@@ -80,7 +82,9 @@ def calibrate(
     model: Model = "demo",
     method: Method = "wina",
     sparsity: Sparsity = 0.5,
-    selector: Annotated[str, typer.Option(help="threshold, relative or topk.")] = "threshold",
+    selector: Annotated[
+        str | None, typer.Option(help="threshold, relative or topk; default: the method's.")
+    ] = None,
     mask: Annotated[
         str, typer.Option(help="One mask per projection, or per group.")
     ] = "projection",
@@ -106,6 +110,7 @@ def calibrate(
     )
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     texts = None if text is None else [read_text(text)]
+    give_rotation(loaded, config.rotation_spec, tokenizer)
     plan = wina.calibrate(loaded, tokenizer, config, texts)
     plan.save(output)
     print(f"{output}: {method} at {sparsity:.0%}, realised {plan.realised:.3f} on calibration text")
@@ -123,9 +128,11 @@ def inspect(
 
     import wina
 
-    loaded, _ = load_model(model, trust=trust_remote_code)
+    loaded, tokenizer = load_model(model, trust=trust_remote_code)
     if plan is not None:
-        wina.sparsify(loaded, wina.SparsityPlan.load(plan))
+        saved = wina.SparsityPlan.load(plan)
+        give_rotation(loaded, saved.rotation, tokenizer)
+        wina.sparsify(loaded, saved)
     found = wina.inspect(loaded)
     print(json.dumps(found.to_dict()) if json_output else found)
 
@@ -153,9 +160,9 @@ def generate(
         weight_dtype=weight_dtype,
     )
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
-    wina.sparsify(
-        loaded, config if plan is None else wina.SparsityPlan.load(plan), tokenizer=tokenizer
-    )
+    saved = None if plan is None else wina.SparsityPlan.load(plan)
+    give_rotation(loaded, saved.rotation if saved else config.rotation_spec, tokenizer)
+    wina.sparsify(loaded, saved or config, tokenizer=tokenizer)
     inputs = tokenizer(prompt, return_tensors="pt")
     loaded.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=TextStreamer(tokenizer)

@@ -45,6 +45,14 @@ def load_model(model: str, dtype: str = "auto", trust: bool = False) -> tuple[An
     return loaded.eval(), tokenizer
 
 
+def give_rotation(model: Any, spec: str, tokenizer: Any) -> None:
+    """Rotate a loaded model for good, if a method or a plan asks for it."""
+    from wina.rotation import NO_ROTATION, rotate
+
+    if spec != NO_ROTATION:
+        rotate(model, spec, tokenizer=tokenizer)
+
+
 def resolve_model(model: str) -> str:
     """A folder or hub id; the names of demo models become their folders."""
     from wina.demo_model import DEFAULT, DEMO_MODELS, demo_model_folder

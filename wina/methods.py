@@ -7,20 +7,43 @@ them cost the same, one threshold per channel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from wina.allocation import ALLOCATIONS, Needs
 from wina.registry import Registry, create
+from wina.rotation import NO_ROTATION
+
+# Projections whose columns WINA's rotation makes orthogonal; the fused ones hold them.
+_ORTHOGONAL_ROLES = ("k_proj", "gate_proj", "qkv_proj", "gate_up_proj")
 
 
 @dataclass(frozen=True)
 class Method:
-    """A named choice of criterion and allocation, each a spec of its registry."""
+    """A named choice of parts, each a spec of its registry.
+
+    Attributes:
+        criterion: of every projection that ``criteria`` does not name.
+        allocation: the policy.
+        source: paper and what it is.
+        dense: whether it drops nothing.
+        selector: where the cut-off comes from.
+        rotation: what :func:`wina.rotate` must have done to the model; its products, two
+            [hidden, hidden] a layer, are read for every token unless its basis is shared.
+        criteria: criterion by role, where a method treats projections differently.
+    """
 
     criterion: str
     allocation: str
     source: str
     dense: bool = False
+    selector: str = "threshold"
+    rotation: str = NO_ROTATION
+    criteria: Mapping[str, str] = field(default_factory=dict)
+
+    def criterion_of(self, role: str) -> str:
+        """The criterion of a projection, by the last part of its name."""
+        return self.criteria.get(role, self.criterion)
 
     @property
     def needs(self) -> Needs:
@@ -38,6 +61,25 @@ METHODS.register("teal-greedy")(
 )
 METHODS.register("wina-greedy")(
     Method("l2-norm", "greedy:step=0.025", "WINA with TEAL's greedy allocation, as in its paper")
+)
+METHODS.register("wina-paper")(
+    Method(
+        "magnitude",
+        "greedy:step=0.025",
+        "WINA as in its paper's experiments: rotated, |x|·‖W‖₂ on k and gate, |x| elsewhere, top-k",
+        selector="topk",
+        rotation="orthogonal",
+        criteria=dict.fromkeys(_ORTHOGONAL_ROLES, "l2-norm"),
+    )
+)
+METHODS.register("larosa")(
+    Method(
+        "magnitude",
+        "uniform",
+        "|x| of hidden states in their principal components, top-k, arXiv 2507.01299",
+        selector="topk",
+        rotation="pca",
+    )
 )
 METHODS.register("was")(
     Method("l1-norm", "growing", "|x|·‖W‖₁, block budgets growing with depth, EMNLP 2025 main 57")

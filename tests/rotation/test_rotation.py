@@ -6,8 +6,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import CALIBRATION
-from torch import Tensor, nn
+from conftest import CALIBRATION, logits
+from rotating import turned
+from torch import Tensor
 
 from wina import restore, rotate, sparsify, unrotate
 from wina.errors import ConfigError, PatchStateError, UnsupportedModelError
@@ -33,35 +34,22 @@ NO_STREAM = {
 IDS = random_tokens(40, seed=3).view(2, 20)
 
 
-def turned(model: nn.Module, spec: str, **options: object) -> None:
-    options = {"texts": CALIBRATION, "window": 128, "tokens": 1024, **options}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        rotate(model, spec, show_progress=False, **options)  # type: ignore[arg-type]
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(IDS).logits
-    return found
-
-
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("spec", SPECS + SHARED)
 @pytest.mark.parametrize("name", list(TINY))
 def test_a_rotated_model_is_the_same_function(name: str, spec: str, tied: bool) -> None:
     model = tiny_model(name, torch.float64, tie_word_embeddings=tied)
-    before = logits(model)
+    before = logits(model, IDS)
     reason = (NO_STREAM if spec in SHARED else NO_PLACE).get(name)
     if reason is not None:
         with pytest.raises(UnsupportedModelError, match=reason):
             turned(model, spec)
-        assert torch.equal(logits(model), before)
+        assert torch.equal(logits(model, IDS), before)
         assert rotation_of(model) == "none"
         return
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     turned(model, spec, keep_original=True)
-    assert (logits(model) - before).abs().max() < 1e-5 * before.abs().max()
+    assert (logits(model, IDS) - before).abs().max() < 1e-5 * before.abs().max()
     changed = dict(model.named_parameters())
     assert any(
         name not in changed or not torch.equal(weights[name], changed[name]) for name in weights
@@ -157,10 +145,10 @@ def test_a_norm_that_something_else_reads_is_noticed() -> None:
     mlp = model.model.layers[0].mlp  # type: ignore[union-attr,index]
     inner = mlp.forward
     mlp.forward = lambda x: inner(x) + x  # type: ignore[method-assign,assignment,operator]
-    before = logits(model)
+    before = logits(model, IDS)
     with pytest.raises(UnsupportedModelError, match="besides projections"):
         turned(model, "orthogonal")
-    assert torch.equal(logits(model), before)
+    assert torch.equal(logits(model, IDS), before)
 
 
 def test_states_are_guarded() -> None:
@@ -179,7 +167,7 @@ def test_states_are_guarded() -> None:
 def test_a_rotated_model_can_be_sparsified_and_restored() -> None:
     model = tiny_model("llama")
     turned(model, "orthogonal", keep_original=True)
-    before = logits(model)
+    before = logits(model, IDS)
     plan = sparsify(
         model, sparsity=0.5, texts=CALIBRATION, calibration_tokens=1024, window=128,
         show_progress=False,
@@ -188,6 +176,6 @@ def test_a_rotated_model_can_be_sparsified_and_restored() -> None:
     with pytest.raises(PatchStateError, match="restore"):
         unrotate(model)
     restore(model)
-    assert torch.equal(logits(model), before)
+    assert torch.equal(logits(model, IDS), before)
     unrotate(model)
     assert rotation_of(model) == "none"

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -192,6 +193,31 @@ def rotation_of(model: nn.Module) -> str:
     return done.spec if isinstance(done, Rotation) else NO_ROTATION
 
 
+def check_rotation(model: nn.Module, spec: str) -> None:
+    """Raise :class:`PatchStateError` unless the model has this rotation, or none is asked for."""
+    if spec not in (NO_ROTATION, rotation_of(model)):
+        raise PatchStateError(
+            f"this method wants a model rotated by {spec!r}, its rotation is "
+            f"{rotation_of(model)!r}: call wina.rotate(model, {spec!r}, tokenizer=...) first, or "
+            "set rotation='none' to do without"
+        )
+
+
+@contextmanager
+def rotated(
+    model: nn.Module, spec: str, tokenizer: Any | None = None, show_progress: bool = True
+) -> Iterator[nn.Module]:
+    """Let a model have this rotation inside the ``with`` block; it is as before afterwards."""
+    if spec in (NO_ROTATION, rotation_of(model)):
+        yield model
+        return
+    rotate(model, spec, tokenizer=tokenizer, keep_original=True, show_progress=show_progress)
+    try:
+        yield model
+    finally:
+        unrotate(model)
+
+
 def rotation_elements(model: nn.Module) -> RotationTotals:
     """What the rotations of a model add to each decoded token; zero for a shared basis."""
     rotations = [m.rotation for m in model.modules() if isinstance(m, RotatedNorm)]
@@ -210,9 +236,9 @@ def _bases(basis: Basis, reads: list[Read], advance: Any) -> list[Tensor]:
             gram = gram / gram.trace()
             total = gram if total is None else total + gram
         else:
-            found.append(eigenvectors(gram))
+            found.append(eigenvectors(gram, read.joint()))
         advance()
-    return found if total is None else [eigenvectors(total)]
+    return found if total is None else [eigenvectors(total, total)]
 
 
 def _rotate_reads(model: nn.Module, reads: list[Read], bases: list[Tensor], done: Rotation) -> None:

@@ -42,11 +42,23 @@ class Basis(ABC):
 ROTATIONS: Registry[type[Basis]] = Registry("rotation")
 
 
-def eigenvectors(gram: Tensor) -> Tensor:
+# Eigenvalues below this share of the largest are those of the null space.
+_NULL = 1e-10
+
+
+def eigenvectors(gram: Tensor, second: Tensor) -> Tensor:
     """Q [d, d] float64, eigenvectors in columns, largest eigenvalue first.
 
-    The largest entry of each column is positive, so that the sign is no accident.
+    Nothing in Q is left to the accidents of a library: in the null space of ``gram`` (large where
+    k_proj has few heads) the basis is that of ``second``, and the largest entry of each column is
+    positive.
     """
-    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors.flip(1)
+    vectors: Tensor
+    values, vectors = torch.linalg.eigh(gram)
+    null = int((values < _NULL * values[-1]).sum())
+    if null:
+        inside = vectors[:, :null]
+        vectors[:, :null] = inside @ torch.linalg.eigh(inside.t() @ second @ inside).eigenvectors
+    vectors = vectors.flip(1)
     largest = vectors.abs().argmax(0, keepdim=True)
     return vectors * vectors.gather(0, largest).sign()

@@ -31,5 +31,6 @@ class Orthogonal(Basis):
     def gram(self, read: Read) -> Tensor:
         """WᵀW: its eigenvectors are V."""
         chosen = [name for name in read.projections if name.rpartition(".")[2] in _ROLES]
-        names = read.projections if self.joint or not chosen else chosen
-        return sum((w.t() @ w for w in map(read.folded, names)), start=read.zeros())
+        if self.joint or not chosen:
+            return read.joint()
+        return sum((w.t() @ w for w in map(read.folded, chosen)), start=read.zeros())

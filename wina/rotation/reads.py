@@ -58,6 +58,10 @@ class Read:
         folded: Tensor = weight * (gain.detach().double() + self.offset)
         return folded
 
+    def joint(self) -> Tensor:
+        """WᵀW [hidden, hidden] float64 of all readers' weights, one upon the other."""
+        return sum((w.t() @ w for w in map(self.folded, self.projections)), start=self.zeros())
+
     def plain_norm(self) -> nn.Module:
         """A copy of the norm with its weight taken out."""
         plain = copy.deepcopy(self.norm)
