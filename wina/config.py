@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from wina.allocation import ALLOCATIONS, Allocation
+from wina.corrections import CORRECTIONS, Correction
 from wina.criteria import CRITERIA, Criterion
 from wina.errors import ConfigError
 from wina.kernels.quantization import FORMATS
@@ -30,6 +31,7 @@ class SparsityConfig:
         criterion: overrides the method's, such as ``"norm-power:0.3"``.
         selector: ``"threshold"`` (calibrated, what is deployed), ``"relative"`` or ``"topk"``.
         allocation: overrides the method's.
+        correction: overrides the method's, such as ``"bias"``.
         mask: ``"projection"`` (each its own) or ``"group"`` (q, k, v share one, and gate, up).
         prefill: ``"dense"``, ``"all"`` or ``"last:<share>"``, see :mod:`wina.prefill`.
         sink_tokens: first tokens of a sequence that stay dense outside of decode.
@@ -48,6 +50,7 @@ class SparsityConfig:
     criterion: str | None = None
     selector: str = "threshold"
     allocation: str | None = None
+    correction: str | None = None
     mask: str = "projection"
     prefill: str = "dense"
     sink_tokens: int = 2
@@ -78,6 +81,11 @@ class SparsityConfig:
         _check_choice("statistics", self.statistics, STATISTICS)
         self.make_criterion()
         self.make_allocation()
+        if self.make_correction().compares and self.statistics == "dense":
+            raise ConfigError(
+                f"correction {self.correction_spec!r} compares with the dense model: "
+                "statistics must be 'sequential'"
+            )
         self.make_selector()
         self.make_prefill()
 
@@ -91,6 +99,11 @@ class SparsityConfig:
         """The allocation policy in use: the field, or else the method's."""
         return self.allocation or METHODS[self.method].allocation
 
+    @property
+    def correction_spec(self) -> str:
+        """The correction in use: the field, or else the method's."""
+        return self.correction or METHODS[self.method].correction
+
     def make_criterion(self) -> Criterion:
         """The criterion."""
         return create(CRITERIA, self.criterion_spec)
@@ -98,6 +111,10 @@ class SparsityConfig:
     def make_allocation(self) -> Allocation:
         """The allocation policy."""
         return create(ALLOCATIONS, self.allocation_spec)
+
+    def make_correction(self) -> Correction:
+        """The correction."""
+        return create(CORRECTIONS, self.correction_spec)
 
     def make_selector(self) -> Selector:
         """The selector."""
@@ -121,7 +138,7 @@ class SparsityConfig:
         for name, value in values.items():
             allowed = (
                 (str, type(None))
-                if name in ("criterion", "allocation", "weight_dtype")
+                if known[name].default is None
                 else ((int, float) if name == "sparsity" else (type(known[name].default),))
             )
             if not isinstance(value, allowed) or isinstance(value, bool):

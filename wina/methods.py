@@ -1,31 +1,36 @@
-"""Methods: published names for combinations of a criterion and an allocation.
+"""Methods: published names for combinations of a criterion, an allocation and a correction.
 
-A method is a row here; what it does stands in ``criteria/`` and ``allocation/``. What a method has
-to compute before it can decide is said by its policy (:attr:`Method.needs`); at run time all of
-them cost the same, one threshold per channel.
+A method is a row here; what it does stands in ``criteria/``, ``allocation/`` and ``corrections/``.
+What a method has to compute before it can decide is said by its parts (:attr:`Method.needs`); at
+run time all of them cost one threshold per channel, and what their correction adds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wina.allocation import ALLOCATIONS, Needs
+from wina.allocation import ALLOCATIONS
+from wina.corrections import CORRECTIONS
+from wina.needs import Needs, most
 from wina.registry import Registry, create
 
 
 @dataclass(frozen=True)
 class Method:
-    """A named choice of criterion and allocation, each a spec of its registry."""
+    """A named choice of criterion, allocation and correction, each a spec of its registry."""
 
     criterion: str
     allocation: str
     source: str
     dense: bool = False
+    correction: str = "none"
 
     @property
     def needs(self) -> Needs:
-        """What its allocation policy has to compute."""
-        return create(ALLOCATIONS, self.allocation).needs
+        """What its allocation policy and its correction have to compute."""
+        return most(
+            create(ALLOCATIONS, self.allocation).needs, create(CORRECTIONS, self.correction).needs
+        )
 
 
 METHODS: Registry[Method] = Registry("method")
