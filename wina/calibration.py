@@ -2,9 +2,12 @@
 
 The work is done inside one forward pass of the decoder. When a projection is about to run, its
 scores over all calibration tokens are counted, its cut-off is read off the histogram, and its
-inputs are masked with it at once; so whatever runs later sees what the sparse model will produce
-("sequential" statistics), and the realised sparsity is the one asked for. With "dense" statistics
-the inputs are not masked.
+inputs are masked with it at once; its correction is fitted and added to its products. So whatever
+runs later sees what the sparse model will produce ("sequential" statistics), and the realised
+sparsity is the one asked for. With "dense" statistics the inputs are not masked.
+
+A correction that compares with the dense model gets it in the same pass: the windows run twice, as
+the two halves of one batch, and only the second half is masked.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from wina.allocation import Problem, Uniform, Unit
 from wina.config import SparsityConfig
+from wina.corrections import Products, Terms
 from wina.errors import CalibrationError, PatchStateError
 from wina.methods import METHODS
 from wina.plan import ProjectionPlan, SparsityPlan, weight_sample
@@ -111,6 +115,7 @@ def calibrate(
             "tokens": windows.numel(),
             "criterion": config.criterion_spec,
             "allocation": config.allocation_spec,
+            "correction": config.correction_spec,
             "rotation": rotation_of(model),
         },
         layers=run(sparsities, title, show_progress),
@@ -159,6 +164,7 @@ class _Calibrator:
         config: SparsityConfig,
     ) -> None:
         self.decoder = decoder_of(model)
+        self.copies = 2 if config.make_correction().compares else 1
         self.layers = {}
         for projection in projections:
             module = model.get_submodule(projection.name)
@@ -177,7 +183,7 @@ class _Calibrator:
                 for chunk in chunks:
                     self._forward(chunk, advance)
                 for layer in self.layers.values():
-                    layer.set_cutoff()
+                    layer.finish()
         return {name: layer.plan() for name, layer in self.layers.items()}
 
     def _forward(self, windows: Tensor, advance: Advance) -> None:
@@ -191,7 +197,11 @@ class _Calibrator:
             return hook
 
         def after(layer: _Layer) -> Any:
-            return lambda *_: layer.put_back()
+            def hook(_: nn.Module, __: Any, y: Tensor) -> Tensor:
+                layer.put_back()
+                return layer.correct(y)
+
+            return hook
 
         handles = []
         for layer in self.layers.values():
@@ -204,7 +214,8 @@ class _Calibrator:
         self.decoder.eval()
         try:
             with torch.no_grad():
-                self.decoder(input_ids=windows.to(device), use_cache=False)
+                twice = torch.cat([windows] * self.copies)
+                self.decoder(input_ids=twice.to(device), use_cache=False)
         finally:
             self.decoder.train(training)
             for handle in handles:
@@ -236,6 +247,10 @@ class _Layer:
         self.threshold: Tensor | None = None
         self.cutoff = 0.0
         self.dropped = 0
+        self.correction = config.make_correction()
+        self.fit = self.correction.fit()
+        self.terms: Terms | None = None
+        self.left_out: Tensor | None = None
 
     def round_weight(self) -> None:
         """Let the module compute with the weight that it will have, until :meth:`put_back`."""
@@ -250,7 +265,16 @@ class _Layer:
             self.original = None
 
     def see(self, x: Tensor) -> Tensor:
-        """Count the scores of inputs [B, S, K]; return them masked with the current cut-off."""
+        """Count the scores of inputs [B, S, K]; return them masked with the current cut-off.
+
+        Where a correction compares, the first half of the batch is dense, and stays so.
+        """
+        if self.correction.compares:
+            dense, sparse = x.chunk(2)
+            return torch.cat([dense, self._see(sparse)])
+        return self._see(x)
+
+    def _see(self, x: Tensor) -> Tensor:
         start = self.prefill.start(x.shape[-2])
         tokens = x[..., start:, :]
         try:
@@ -262,9 +286,30 @@ class _Layer:
         assert self.threshold is not None
         keep = self.scores.keep(tokens, self.threshold, self.sparsity)
         self.dropped += int((~keep).sum())
+        if self.fit is not None:
+            self.left_out = torch.where(keep, 0.0, tokens)
         if not self.sequential:
             return x
         return torch.cat([x[..., :start, :], torch.where(keep, tokens, 0.0)], dim=-2)
+
+    def correct(self, y: Tensor) -> Tensor:
+        """Fit the correction to the products y [B, S, N] of masked inputs, and add it to them."""
+        if self.fit is None or self.left_out is None:
+            return y
+        dropped, self.left_out = self.left_out, None
+        start = y.shape[-2] - dropped.shape[-2]
+        copies = 2 if self.correction.compares else 1
+        halves = [half[..., start:, :].flatten(0, -2) for half in y.chunk(copies)]
+        missing = halves[0] - halves[1] if copies == 2 else None
+        self.fit.add(Products(dropped.flatten(0, -2), missing))
+        if self.terms is None:
+            self.set_terms()
+        assert self.terms is not None
+        if not self.sequential:
+            return y
+        corrected = y.clone()
+        corrected.chunk(copies)[-1][..., start:, :] += self.terms.of(dropped)
+        return corrected
 
     def set_cutoff(self) -> None:
         """Take the cut-off from the scores counted so far."""
@@ -272,9 +317,20 @@ class _Layer:
         self.threshold = self.scores.threshold(self.cutoff)
 
     def restart_statistics(self) -> None:
-        """Forget the counts, keep the cut-off: it stays in use until :meth:`set_cutoff`."""
+        """Forget the counts; cut-off and correction stay in use until :meth:`finish`."""
         self.histogram = ScoreHistogram()
         self.dropped = 0
+        self.fit = self.correction.fit()
+
+    def finish(self) -> None:
+        """Take cut-off and correction from the statistics of all tokens."""
+        self.set_cutoff()
+        self.set_terms()
+
+    def set_terms(self) -> None:
+        """Take the correction from the products seen so far."""
+        if self.fit is not None:
+            self.terms = self.fit.terms(rounded(self.module.weight, self.weight_dtype))
 
     def plan(self) -> ProjectionPlan:
         assert self.threshold is not None
@@ -286,4 +342,5 @@ class _Layer:
             cutoff=self.cutoff,
             threshold=self.threshold.cpu(),
             sample=weight_sample(self.module.weight),
+            terms=(self.terms or Terms()).cpu(),
         )

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from wina.allocation import ALLOCATIONS, Allocation
+from wina.corrections import CORRECTIONS, Correction
 from wina.criteria import CRITERIA, Criterion
 from wina.errors import ConfigError
 from wina.kernels.quantization import FORMATS
@@ -32,6 +33,7 @@ class SparsityConfig:
         selector: overrides the method's: ``"threshold"`` (calibrated, what is deployed),
             ``"relative"`` or ``"topk"``.
         allocation: overrides the method's.
+        correction: overrides the method's, such as ``"bias"``.
         mask: ``"projection"`` (each its own) or ``"group"`` (q, k, v share one, and gate, up).
         prefill: ``"dense"``, ``"all"`` or ``"last:<share>"``, see :mod:`wina.prefill`.
         sink_tokens: first tokens of a sequence that stay dense outside of decode.
@@ -52,6 +54,7 @@ class SparsityConfig:
     criterion: str | None = None
     selector: str | None = None
     allocation: str | None = None
+    correction: str | None = None
     mask: str = "projection"
     prefill: str = "dense"
     sink_tokens: int = 2
@@ -85,6 +88,11 @@ class SparsityConfig:
         if self.rotation_spec != NO_ROTATION:
             create(ROTATIONS, self.rotation_spec)
         self.make_allocation()
+        if self.make_correction().compares and self.statistics == "dense":
+            raise ConfigError(
+                f"correction {self.correction_spec!r} compares with the dense model: "
+                "statistics must be 'sequential'"
+            )
         self.make_selector()
         self.make_prefill()
 
@@ -108,6 +116,11 @@ class SparsityConfig:
         """The allocation policy in use: the field, or else the method's."""
         return self.allocation or METHODS[self.method].allocation
 
+    @property
+    def correction_spec(self) -> str:
+        """The correction in use: the field, or else the method's."""
+        return self.correction or METHODS[self.method].correction
+
     def make_criterion(self, role: str = "") -> Criterion:
         """The criterion of a projection, by the last part of its name."""
         return create(CRITERIA, self.criterion or METHODS[self.method].criterion_of(role))
@@ -115,6 +128,10 @@ class SparsityConfig:
     def make_allocation(self) -> Allocation:
         """The allocation policy."""
         return create(ALLOCATIONS, self.allocation_spec)
+
+    def make_correction(self) -> Correction:
+        """The correction."""
+        return create(CORRECTIONS, self.correction_spec)
 
     def make_selector(self) -> Selector:
         """The selector."""

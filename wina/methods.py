@@ -1,8 +1,9 @@
-"""Methods: published names for combinations of a criterion and an allocation.
+"""Methods: published names for combinations of criterion, allocation, correction and rotation.
 
-A method is a row here; what it does stands in ``criteria/`` and ``allocation/``. What a method has
-to compute before it can decide is said by its policy (:attr:`Method.needs`); at run time all of
-them cost the same, one threshold per channel.
+A method is a row here; what it does stands in ``criteria/``, ``allocation/``, ``corrections/`` and
+``rotation/``. What a method has to compute before it can decide is said by its parts
+(:attr:`Method.needs`); at run time all of them cost one threshold per channel, and what their
+correction and rotation add.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from wina.allocation import ALLOCATIONS, Needs
+from wina.allocation import ALLOCATIONS
+from wina.corrections import CORRECTIONS
+from wina.needs import Needs, most
 from wina.registry import Registry, create
 from wina.rotation import NO_ROTATION
 
@@ -28,6 +31,7 @@ class Method:
         source: paper and what it is.
         dense: whether it drops nothing.
         selector: where the cut-off comes from.
+        correction: what is added for the channels that are left out.
         rotation: what :func:`wina.rotate` must have done to the model; its products, two
             [hidden, hidden] a layer, are read for every token unless its basis is shared.
         criteria: criterion by role, where a method treats projections differently.
@@ -38,6 +42,7 @@ class Method:
     source: str
     dense: bool = False
     selector: str = "threshold"
+    correction: str = "none"
     rotation: str = NO_ROTATION
     criteria: Mapping[str, str] = field(default_factory=dict)
 
@@ -47,8 +52,10 @@ class Method:
 
     @property
     def needs(self) -> Needs:
-        """What its allocation policy has to compute."""
-        return create(ALLOCATIONS, self.allocation).needs
+        """What its allocation policy and its correction have to compute."""
+        return most(
+            create(ALLOCATIONS, self.allocation).needs, create(CORRECTIONS, self.correction).needs
+        )
 
 
 METHODS: Registry[Method] = Registry("method")

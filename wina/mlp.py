@@ -99,6 +99,8 @@ class SparseGatedMLP(nn.Module):
             control.observer is None
             and control.first_sparse(x) == 0
             and control.sparse_tokens(x) is None
+            and gate.one_launch
+            and up.one_launch
             and not (torch.is_grad_enabled())
         ):
             h = gate.gate_up(up, x, self.gated.activation)

@@ -1,7 +1,8 @@
 """The result of calibration: which channels of which projection may be skipped.
 
-A plan is a folder with ``plan.json`` (readable) and ``plan.safetensors`` (thresholds, and the
-weight samples that tell for which model they were made). Nothing else is read or executed.
+A plan is a folder with ``plan.json`` (readable) and ``plan.safetensors`` (thresholds,
+corrections, and the weight samples that tell for which model they were made). Nothing else is read
+or executed.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from torch import Tensor, nn
 
 import wina.projections as projections_module
 from wina.config import SparsityConfig
+from wina.corrections import Terms
 from wina.errors import PlanError, WinaError
 from wina.files import write_atomically
 from wina.projections import Projection
 from wina.rotation import NO_ROTATION, rotation_of
 
 FORMAT = "wina-plan"
-VERSION = 1
+VERSION = 2
 JSON_FILE = "plan.json"
 TENSOR_FILE = "plan.safetensors"
 
@@ -48,6 +50,7 @@ class ProjectionPlan:
         cutoff: τ, the cut-off of the scores |x_j|·c_j (in units of the selector's scale).
         threshold: τ/c, [K] float32.
         sample: a few weights, by which the model is recognised, float32.
+        terms: the correction, in float32.
     """
 
     projection: Projection
@@ -56,6 +59,7 @@ class ProjectionPlan:
     cutoff: float
     threshold: Tensor
     sample: Tensor
+    terms: Terms = field(default_factory=Terms)
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,8 @@ class SparsityPlan:
         for name, layer in self.layers.items():
             tensors[f"{name}.threshold"] = layer.threshold.contiguous()
             tensors[f"{name}.sample"] = layer.sample.contiguous()
+            for term, tensor in layer.terms.tensors().items():
+                tensors[f"{name}.correction.{term}"] = tensor.contiguous()
         blob = safetensors_save(tensors)
         document = self._document(hashlib.sha256(blob).hexdigest())
         text = json.dumps(document, indent=1, allow_nan=False) + "\n"
@@ -215,6 +221,8 @@ class SparsityPlan:
                 raise PlanError(f"{name}.threshold has shape {tuple(threshold.shape)}")
             if threshold.dtype != torch.float32 or threshold.isnan().any():
                 raise PlanError(f"{name}.threshold must be float32 without NaN")
+            terms = Terms.stored(tensors, f"{name}.correction.")
+            terms.check(name, projection.in_features, projection.out_features)
             layers[name] = ProjectionPlan(
                 projection=projection,
                 sparsity=_share(row, "sparsity"),
@@ -222,6 +230,7 @@ class SparsityPlan:
                 cutoff=float(_typed(row, "cutoff", (int, float))),
                 threshold=threshold,
                 sample=tensors[f"{name}.sample"],
+                terms=terms,
             )
         return cls(
             config=SparsityConfig.from_dict(document["config"]),

@@ -3,7 +3,7 @@
 To add a policy: a file beside this one, ``@ALLOCATIONS.register("name")``, and its import below.
 """
 
-from wina.allocation.base import ALLOCATIONS, Allocation, Needs, Problem, Unit
+from wina.allocation.base import ALLOCATIONS, Allocation, Problem, Unit
 from wina.allocation.block_error import BlockError
 from wina.allocation.fisher import Fisher
 from wina.allocation.greedy import Greedy
@@ -17,7 +17,6 @@ __all__ = [
     "Fisher",
     "Greedy",
     "Growing",
-    "Needs",
     "Problem",
     "Uniform",
     "Unit",

@@ -5,24 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
 
 from wina.errors import ConfigError
+from wina.needs import Needs
 from wina.projections import Projection
 from wina.registry import Registry
 from wina.scores import ChannelScores
-
-
-class Needs(StrEnum):
-    """What a policy has to compute before it can decide, from free to dear."""
-
-    NOTHING = "nothing"
-    ACTIVATIONS = "activations of the dense model, and its blocks run again sparse"
-    GRADIENTS = "gradients of the dense model's loss"
-    EVALUATIONS = "gradients of the sparse model's loss as well"
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from wina.allocation.base import ALLOCATIONS, Allocation, Needs, Problem, share, whole
+from wina.allocation.base import ALLOCATIONS, Allocation, Problem, share, whole
 from wina.allocation.curves import Curve, spend, up_to
 from wina.allocation.gradients import OperatingPoint, loss_changes
+from wina.needs import Needs
 
 # Half the distance over which a slope is measured at an operating point.
 _REACH = 0.05

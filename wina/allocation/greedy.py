@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from wina.allocation.base import ALLOCATIONS, Allocation, Needs, Problem, share, whole
+from wina.allocation.base import ALLOCATIONS, Allocation, Problem, share, whole
 from wina.allocation.blocks import Block, visit_blocks
 from wina.errors import ConfigError
+from wina.needs import Needs
 
 # Where in a window the error is measured.
 _LAST = 0.25
