@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wina.allocation import Problem, Uniform, Unit
+from wina.allocation import Measurements, Problem, Uniform, Unit
 from wina.config import SparsityConfig
 from wina.corrections import Products, Terms
 from wina.errors import CalibrationError, PatchStateError
@@ -50,6 +51,7 @@ def calibrate(
     config: SparsityConfig | None = None,
     texts: Iterable[str] | Iterable[Tensor] | Tensor | None = None,
     show_progress: bool = True,
+    measurements: Measurements | None = None,
 ) -> SparsityPlan:
     """Find the thresholds of every projection.
 
@@ -59,6 +61,8 @@ def calibrate(
         config: defaults to ``SparsityConfig()``.
         texts: strings, a column of a dataset, or token ids; the bundled text by default.
         show_progress: draw a progress bar on stderr.
+        measurements: where allocation policies keep what they measured, for calibrations of this
+            model with this text at other sparsities and with other selectors.
 
     Returns:
         The plan for :func:`wina.sparsify`.
@@ -84,14 +88,13 @@ def calibrate(
     if windows.shape[1] <= config.sink_tokens + 1:
         raise CalibrationError(f"the text is too short: {windows.numel()} tokens")
     units = _units(projections, config)
-    scores = _scores(model, units, config)
-
-    def run(sparsities: Mapping[str, float], title: str, show: bool) -> dict[str, ProjectionPlan]:
-        calibrator = _Calibrator(model, projections, scores, sparsities, config)
-        return calibrator.run(windows, title, show)
+    # Policies look at masks with one cut-off for all tokens, whatever the selector: as TEAL's
+    # histograms do, from which WINA's top-k budgets come as well.
+    seen = _scores(model, units, replace(config, selector="threshold"))
 
     def thresholds(sparsities: Mapping[str, float]) -> dict[str, Tensor]:
-        layers = run(problem.by_projection(sparsities), "", show=False)
+        shares = problem.by_projection(sparsities)
+        layers = _Calibrator(model, projections, seen, shares, config).run(windows, "", False)
         return {name: layer.threshold for name, layer in layers.items()}
 
     problem = Problem(
@@ -99,14 +102,28 @@ def calibrate(
         sparsity=config.sparsity,
         model=model,
         windows=windows,
-        scores=scores,
+        scores=seen,
         sink_tokens=config.sink_tokens,
         thresholds=thresholds,
+        measurements=measurements,
+        about={
+            "criterion": config.criterion_spec,
+            "criteria": {} if config.criterion else dict(METHODS[config.method].criteria),
+            "rotation": rotation_of(model),
+            "tokens": windows.numel(),
+            "window": config.window,
+            **{
+                name: getattr(config, name)
+                for name in ("mask", "sink_tokens", "weight_dtype", "seed")
+            },
+        },
         show_progress=show_progress,
     )
     allocation = config.make_allocation() if config.sparsity else Uniform()
     sparsities = problem.by_projection(allocation.allocate(problem))
     title = f"calibrating {config.method} at {config.sparsity:.0%}"
+    scores = _scores(model, units, config)
+    calibrator = _Calibrator(model, projections, scores, sparsities, config)
     return SparsityPlan(
         config=config,
         model_type=model_type_of(model),
@@ -118,7 +135,7 @@ def calibrate(
             "correction": config.correction_spec,
             "rotation": rotation_of(model),
         },
-        layers=run(sparsities, title, show_progress),
+        layers=calibrator.run(windows, title, show_progress),
     )
 
 

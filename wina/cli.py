@@ -14,6 +14,7 @@ import typer
 
 from wina.bench.cli import app as bench_app
 from wina.cli_options import (
+    CountAs,
     Dtype,
     Method,
     Model,
@@ -21,11 +22,13 @@ from wina.cli_options import (
     Trust,
     WeightDtype,
     give_rotation,
+    itemsize_of,
     load_model,
     names,
     numbers,
     read_text,
     resolve_model,
+    source_note,
 )
 from wina.errors import WinaError
 from wina.eval.cli import app as eval_app
@@ -114,6 +117,51 @@ def calibrate(
     plan = wina.calibrate(loaded, tokenizer, config, texts)
     plan.save(output)
     print(f"{output}: {method} at {sparsity:.0%}, realised {plan.realised:.3f} on calibration text")
+
+
+@app.command()
+def recommend(
+    share: Annotated[
+        float | None,
+        typer.Option("--bytes", help="Share of the dense model's bytes that a token may read."),
+    ] = None,
+    max_loss: Annotated[
+        float | None, typer.Option(help="Nats per token that may be lost on held-out text.")
+    ] = None,
+    model: Model = "demo",
+    methods: Annotated[str, typer.Option(help="To choose from, by commas.")] = "wina-plus",
+    widths: Annotated[
+        str, typer.Option(help="To choose from, by commas: loaded (as it is), int8, int4.")
+    ] = "loaded,int8,int4",
+    count_as: CountAs = "bfloat16",
+    tokens: Annotated[
+        int, typer.Option(help="Tokens to calibrate on, and of held-out text to score.")
+    ] = 2048,
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Choose weight width, sparsity and method for a budget of bytes or of loss.
+
+    `wina recommend --model PATH --bytes 0.4` or `wina recommend --model PATH --max-loss 0.05`
+
+    Calibrates and scores a few choices on bundled texts, and says what to expect. Last stdout line:
+    JSON.
+    """
+    from wina.eval.recommend import Adviser, print_recommendation
+
+    if (share is None) == (max_loss is None):
+        raise WinaError("give one of --bytes and --max-loss")
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    adviser = Adviser(
+        loaded, tokenizer, names(methods), names(widths), itemsize_of(count_as), tokens
+    )
+    if share is not None:
+        title, chosen = f"at most {share:.0%} of the bytes", adviser.for_bytes(share)
+    else:
+        assert max_loss is not None
+        title, chosen = f"at most {max_loss:g} nats lost", adviser.for_loss(max_loss)
+    name = Path(resolve_model(model)).name
+    print_recommendation(f"{name}: {title}", chosen, adviser.tried, source_note(model))
 
 
 @app.command()

@@ -8,6 +8,7 @@ from wina.allocation.block_error import BlockError
 from wina.allocation.fisher import Fisher
 from wina.allocation.greedy import Greedy
 from wina.allocation.growing import Growing
+from wina.allocation.measurements import Measurements
 from wina.allocation.uniform import Uniform
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Fisher",
     "Greedy",
     "Growing",
+    "Measurements",
     "Problem",
     "Uniform",
     "Unit",
