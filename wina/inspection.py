@@ -19,6 +19,7 @@ from wina.mlp import GatedForm, SparseGatedMLP
 from wina.patch import is_patched, patch_of
 from wina.plan import weighted_mean
 from wina.projections import DenseModule, dense_modules, find_projections, model_type_of
+from wina.rotation import rotation_elements
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,12 @@ def _fused_with(
     if module.group is not None and module.group.fuses:
         return tuple(member.name.rpartition(".")[2] for member in module.group.members)
     return ()
+
+
+def extra_bytes(model: nn.Module) -> int:
+    """Bytes that a decoded token reads for corrections and rotations, beside the kept weights."""
+    corrections = sum(m.correction_bytes for m in model.modules() if isinstance(m, SparseLinear))
+    return corrections + rotation_elements(model).bytes
 
 
 class RealisedSparsity:
