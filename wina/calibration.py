@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +21,21 @@ from torch import Tensor, nn
 from wina.allocation import Problem, Uniform, Unit
 from wina.config import SparsityConfig
 from wina.errors import CalibrationError, PatchStateError
-from wina.plan import ProjectionPlan, SparsityPlan, weight_sample
+from wina.experts import ROLES, ExpertsCalibrator, FusedExperts
+from wina.plan import (
+    ExpertsPlan,
+    ProjectionPlan,
+    SparsityPlan,
+    experts_sample,
+    weight_sample,
+)
 from wina.prefill import Prefill
 from wina.progress import Advance, progress
 from wina.projections import (
     Projection,
     decoder_of,
     dense_modules,
+    find_experts,
     find_projections,
     group_members,
     model_type_of,
@@ -75,7 +84,6 @@ def calibrate(
             "the model is sparsified: call wina.restore(model) before calibrating"
         )
     projections = find_projections(model)
-    _tell_what_stays_dense(model, projections)
     windows = to_windows(
         bundled("calibration") if texts is None else texts,
         tokenizer,
@@ -86,13 +94,25 @@ def calibrate(
         raise CalibrationError(f"the text is too short: {windows.numel()} tokens")
     units = _units(projections, config)
     scores = _scores(model, units, config)
+    experts = find_experts(model)
+    _tell_what_stays_dense(model, projections, [fused for fused, _ in experts.values()])
+    experts_scores = {
+        name: _scores_of_experts(name, fused, config) for name, (fused, _) in experts.items()
+    }
 
-    def run(sparsities: Mapping[str, float], title: str, show: bool) -> dict[str, ProjectionPlan]:
+    def run(sparsities: Mapping[str, float], title: str, show: bool) -> _Calibrator:
         calibrator = _Calibrator(model, projections, scores, sparsities, config)
-        return calibrator.run(windows, title, show)
+        # Policies divide the budget over projections; experts have the share that was asked for.
+        sequential = config.statistics == "sequential"
+        calibrator.experts = {
+            name: ExpertsCalibrator(fused, experts_scores[name], config.sparsity, sequential)
+            for name, (fused, _) in experts.items()
+        }
+        calibrator.run(windows, title, show)
+        return calibrator
 
     def thresholds(sparsities: Mapping[str, float]) -> dict[str, Tensor]:
-        layers = run(problem.by_projection(sparsities), "", show=False)
+        layers = run(problem.by_projection(sparsities), "", show=False).plans()
         return {name: layer.threshold for name, layer in layers.items()}
 
     problem = Problem(
@@ -108,6 +128,7 @@ def calibrate(
     allocation = config.make_allocation() if config.sparsity else Uniform()
     sparsities = problem.by_projection(allocation.allocate(problem))
     title = f"calibrating {config.method} at {config.sparsity:.0%}"
+    found = run(sparsities, title, show_progress)
     return SparsityPlan(
         config=config,
         model_type=model_type_of(model),
@@ -117,14 +138,24 @@ def calibrate(
             "criterion": config.criterion_spec,
             "allocation": config.allocation_spec,
         },
-        layers=run(sparsities, title, show_progress),
+        layers=found.plans(),
+        experts={
+            projection.name: _plan_of_experts(projection, found.experts[name], config)
+            for name, (_, roles) in experts.items()
+            for projection in roles
+        },
     )
 
 
-def _tell_what_stays_dense(model: nn.Module, projections: Sequence[Projection]) -> None:
+def _tell_what_stays_dense(
+    model: nn.Module, projections: Sequence[Projection], experts: Sequence[FusedExperts]
+) -> None:
     dense = dense_modules(model)
     weights = sum(module.weights for module in dense)
-    share = weights / (weights + sum(projection.weights for projection in projections))
+    sparse = sum(projection.weights for projection in projections) + sum(
+        parameter.numel() for fused in experts for parameter in fused.module.parameters()
+    )
+    share = weights / (weights + sparse)
     if share > _MENTIONED:
         logger.warning(
             "%.0f%% of the weights of the blocks stay dense: %s %s (all: wina.inspect(model))",
@@ -157,6 +188,39 @@ def _scores(
     return found
 
 
+def _scores_of_experts(
+    name: str, fused: FusedExperts, config: SparsityConfig
+) -> dict[str, Sequence[ChannelScores]]:
+    """Role → the scores of every expert. Experts keep their float weights: nothing is rounded."""
+    return {
+        role: [
+            ChannelScores(
+                weights=[fused.weight(role, expert)],
+                criterion=config.make_criterion(),
+                selector=config.make_selector(),
+                seed=config.seed + zlib.crc32(f"{name}.{role}.{expert}".encode()),
+            )
+            for expert in range(fused.experts)
+        ]
+        for role in ROLES
+    }
+
+
+def _plan_of_experts(
+    projection: Projection, found: ExpertsCalibrator, config: SparsityConfig
+) -> ExpertsPlan:
+    role, E = projection.role, found.fused.experts
+    return ExpertsPlan(
+        projection=projection,
+        sparsity=config.sparsity,
+        realised=found.realised(role),
+        cutoff=torch.tensor(found.cutoffs[role], dtype=torch.float32),
+        threshold=torch.stack([found.threshold(role, e).cpu() for e in range(E)]),
+        tokens=torch.tensor(found.tokens[role], dtype=torch.int64),
+        sample=experts_sample(getattr(found.fused.module, role)),
+    )
+
+
 class _Calibrator:
     def __init__(
         self,
@@ -167,6 +231,8 @@ class _Calibrator:
         config: SparsityConfig,
     ) -> None:
         self.decoder = decoder_of(model)
+        self.prefill = Prefill(1.0, config.sink_tokens)
+        self.experts: dict[str, ExpertsCalibrator] = {}
         self.layers = {}
         for projection in projections:
             module = model.get_submodule(projection.name)
@@ -174,7 +240,12 @@ class _Calibrator:
             name = projection.name
             self.layers[name] = _Layer(projection, module, scores[name], sparsities[name], config)
 
-    def run(self, windows: Tensor, title: str, show_progress: bool) -> dict[str, ProjectionPlan]:
+    def plans(self) -> dict[str, ProjectionPlan]:
+        """What was found for the projections, by name."""
+        return {name: layer.plan() for name, layer in self.layers.items()}
+
+    def run(self, windows: Tensor, title: str, show_progress: bool) -> None:
+        """Find all cut-offs."""
         chunks = windows.split(max(1, CHUNK_TOKENS // windows.shape[1]))
         passes = 1 if len(chunks) == 1 else 1 + len(chunks)
         with progress(title, passes * len(self.layers), show_progress) as advance:
@@ -182,11 +253,14 @@ class _Calibrator:
             if len(chunks) > 1:
                 for layer in self.layers.values():
                     layer.restart_statistics()
+                for experts in self.experts.values():
+                    experts.restart_statistics()
                 for chunk in chunks:
                     self._forward(chunk, advance)
                 for layer in self.layers.values():
                     layer.set_cutoff()
-        return {name: layer.plan() for name, layer in self.layers.items()}
+                for experts in self.experts.values():
+                    experts.set_cutoffs()
 
     def _forward(self, windows: Tensor, advance: Advance) -> None:
         def before(layer: _Layer) -> Any:
@@ -207,14 +281,20 @@ class _Calibrator:
                 layer.module.register_forward_pre_hook(before(layer)),
                 layer.module.register_forward_hook(after(layer)),
             ]
+        counted = torch.arange(windows.shape[1]) >= self.prefill.start(windows.shape[1])
+        counted = counted.repeat(len(windows))
         training = self.decoder.training
         device = next(self.decoder.parameters()).device
         self.decoder.eval()
         try:
+            for experts in self.experts.values():
+                experts.fused.module.forward = partial(experts.forward, counted.to(device))
             with torch.no_grad():
                 self.decoder(input_ids=windows.to(device), use_cache=False)
         finally:
             self.decoder.train(training)
+            for experts in self.experts.values():
+                experts.fused.module.__dict__.pop("forward", None)
             for handle in handles:
                 handle.remove()
             for layer in self.layers.values():

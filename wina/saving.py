@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from wina.patch import Patch, patch_of
-from wina.plan import SparsityPlan, weight_sample
+from wina.plan import SparsityPlan, experts_sample, weight_sample
 from wina.quantized_linear import QuantizedSparseLinear
 
 PLAN_FOLDER = "wina"
@@ -105,4 +105,8 @@ def _plan_of(plan: SparsityPlan, weights: dict[str, Tensor]) -> SparsityPlan:
         else layer
         for name, layer in plan.layers.items()
     }
-    return replace(plan, layers=layers)
+    experts = {
+        name: replace(layer, sample=experts_sample(weights[name])) if name in weights else layer
+        for name, layer in plan.experts.items()
+    }
+    return replace(plan, layers=layers, experts=experts)
