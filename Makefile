@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench bench-quick clean
+.PHONY: help install demo test test-slow test-versions lint format bench bench-quick clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,19 @@ test: install ## all quick tests (no downloads of models)
 
 test-slow: install ## tests on the real demo models, fetched on first use
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+# The oldest and the newest transformers that pyproject.toml admits and constraints.txt pins.
+TRANSFORMERS := 5.0.0 5.23.0
+
+test-versions: ## what touches transformers, with its oldest and newest version (own environments)
+	for version in $(TRANSFORMERS); do \
+		venv=.venv-transformers-$$version; \
+		test -x $$venv/bin/python || $(PYTHON) -m venv $$venv || exit 1; \
+		$$venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[accelerate]' \
+			torch==2.13.0 transformers==$$version pytest pytest-timeout hypothesis peft || exit 1; \
+		$$venv/bin/python -m pytest -m 'not slow and not gpu' tests/integrations \
+			tests/test_projections.py tests/test_experts.py tests/test_package.py || exit 1; \
+	done
 
 lint: install ## what CI checks: ruff and mypy
 	$(BIN)/ruff check .

@@ -53,9 +53,9 @@ def test_sequential_statistics_drift_less_than_dense_ones() -> None:
 @pytest.mark.parametrize("method", CHEAP_METHODS)
 def test_every_method_calibrates_every_projection(method: str, model: nn.Module) -> None:
     plan = plan_for(model, method=method)
-    assert len(plan.layers) == len(wina.inspect(model).rows)
-    for layer in plan.layers.values():
-        assert layer.threshold.shape == (layer.projection.in_features,)
+    assert list(plan.all_layers) == [row.projection for row in wina.inspect(model).rows]
+    for layer in plan.all_layers.values():
+        assert layer.threshold.shape[-1] == layer.projection.in_features
         assert layer.realised == pytest.approx(0.5, abs=0.02)
 
 

@@ -13,6 +13,7 @@ from wina.errors import ConfigError, PatchStateError, PlanError, UnsupportedMode
 from wina.linear import SparseLinear
 from wina.mlp import SparseGatedMLP
 from wina.patch import Layout, is_patched
+from wina.sparse_experts import SparseExperts
 from wina.testing import TINY, random_tokens, tiny_model
 
 
@@ -77,9 +78,13 @@ def test_all_projections_and_gated_mlps_are_replaced(name: str) -> None:
     kinds = [type(module) for module in model.modules()]
     plain = [m for n, m in model.named_modules() if type(m) is nn.Linear and "layers" in n]
     assert not plain
-    gated = name not in ("phi3", "starcoder2", "gpt_neox", "falcon")
+    mixture = name in ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
+    gated = name not in ("phi3", "starcoder2", "gpt_neox", "falcon") and not mixture
     assert kinds.count(SparseGatedMLP) == (2 if gated else 0)
-    assert kinds.count(SparseLinear) == len(wina.inspect(model).rows)
+    assert kinds.count(SparseExperts) == (2 if mixture else 0)
+    assert kinds.count(SparseLinear) + 2 * kinds.count(SparseExperts) == len(
+        wina.inspect(model).rows
+    )
 
 
 def test_one_copy_of_each_weight_and_state_dict_unchanged(model: nn.Module) -> None:

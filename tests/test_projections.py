@@ -23,6 +23,11 @@ GROUPS = {
     "gpt_neox": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
     # attention and MLP run side by side on one hidden state, but in two modules
     "cohere": QKV_GATE_UP,
+    # experts are no projections of their own, and routers stay as they are
+    "mixtral": [["q_proj", "k_proj", "v_proj"], ["o_proj"]],
+    "qwen3_moe": [["q_proj", "k_proj", "v_proj"], ["o_proj"]],
+    "olmoe": [["q_proj", "k_proj", "v_proj"], ["o_proj"]],
+    "gpt_oss": [["q_proj", "k_proj", "v_proj"], ["o_proj"]],
     "falcon": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
 }
 

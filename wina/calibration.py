@@ -16,6 +16,7 @@ import logging
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,14 +26,22 @@ from wina.allocation import Measurements, Problem, Uniform, Unit
 from wina.config import SparsityConfig
 from wina.corrections import Products, Terms
 from wina.errors import CalibrationError, PatchStateError
+from wina.experts import ROLES, ExpertsCalibrator, FusedExperts
 from wina.methods import METHODS
-from wina.plan import ProjectionPlan, SparsityPlan, weight_sample
+from wina.plan import (
+    ExpertsPlan,
+    ProjectionPlan,
+    SparsityPlan,
+    experts_sample,
+    weight_sample,
+)
 from wina.prefill import Prefill
 from wina.progress import Advance, progress
 from wina.projections import (
     Projection,
     decoder_of,
     dense_modules,
+    find_experts,
     find_projections,
     group_members,
     model_type_of,
@@ -86,7 +95,6 @@ def calibrate(
         )
     check_rotation(model, config.rotation_spec)
     projections = find_projections(model)
-    _tell_what_stays_dense(model, projections)
     windows = to_windows(
         bundled("calibration") if texts is None else texts,
         tokenizer,
@@ -96,13 +104,30 @@ def calibrate(
     if windows.shape[1] <= config.sink_tokens + 1:
         raise CalibrationError(f"the text is too short: {windows.numel()} tokens")
     units = _units(projections, config)
+    experts = find_experts(model)
+    _tell_what_stays_dense(model, projections, [fused for fused, _ in experts.values()])
+    experts_scores = {
+        name: _scores_of_experts(name, fused, config) for name, (fused, _) in experts.items()
+    }
     # Policies look at masks with one cut-off for all tokens, whatever the selector: as TEAL's
     # histograms do, from which WINA's top-k budgets come as well.
     seen = _scores(model, units, replace(config, selector="threshold"))
 
+    def run(
+        scores: Mapping[str, ChannelScores], sparsities: Mapping[str, float], title: str, show: bool
+    ) -> _Calibrator:
+        calibrator = _Calibrator(model, projections, scores, sparsities, config)
+        # Policies divide the budget over projections; experts have the share that was asked for.
+        sequential = config.statistics == "sequential"
+        calibrator.experts = {
+            name: ExpertsCalibrator(fused, experts_scores[name], config.sparsity, sequential)
+            for name, (fused, _) in experts.items()
+        }
+        calibrator.run(windows, title, show)
+        return calibrator
+
     def thresholds(sparsities: Mapping[str, float]) -> dict[str, Tensor]:
-        shares = problem.by_projection(sparsities)
-        layers = _Calibrator(model, projections, seen, shares, config).run(windows, "", False)
+        layers = run(seen, problem.by_projection(sparsities), "", show=False).plans()
         return {name: layer.threshold for name, layer in layers.items()}
 
     problem = Problem(
@@ -130,8 +155,7 @@ def calibrate(
     allocation = config.make_allocation() if config.sparsity else Uniform()
     sparsities = problem.by_projection(allocation.allocate(problem))
     title = f"calibrating {config.method} at {config.sparsity:.0%}"
-    scores = _scores(model, units, config)
-    calibrator = _Calibrator(model, projections, scores, sparsities, config)
+    found = run(_scores(model, units, config), sparsities, title, show_progress)
     return SparsityPlan(
         config=config,
         model_type=model_type_of(model),
@@ -143,14 +167,24 @@ def calibrate(
             "correction": config.correction_spec,
             "rotation": rotation_of(model),
         },
-        layers=calibrator.run(windows, title, show_progress),
+        layers=found.plans(),
+        experts={
+            projection.name: _plan_of_experts(projection, found.experts[name], config)
+            for name, (_, roles) in experts.items()
+            for projection in roles
+        },
     )
 
 
-def _tell_what_stays_dense(model: nn.Module, projections: Sequence[Projection]) -> None:
+def _tell_what_stays_dense(
+    model: nn.Module, projections: Sequence[Projection], experts: Sequence[FusedExperts]
+) -> None:
     dense = dense_modules(model)
     weights = sum(module.weights for module in dense)
-    share = weights / (weights + sum(projection.weights for projection in projections))
+    sparse = sum(projection.weights for projection in projections) + sum(
+        parameter.numel() for fused in experts for parameter in fused.module.parameters()
+    )
+    share = weights / (weights + sparse)
     if share > _MENTIONED:
         logger.warning(
             "%.0f%% of the weights of the blocks stay dense: %s %s (all: wina.inspect(model))",
@@ -190,6 +224,39 @@ def _deciding_role(unit: Unit, config: SparsityConfig) -> str:
     return next((role for role in roles if role in named), roles[0])
 
 
+def _scores_of_experts(
+    name: str, fused: FusedExperts, config: SparsityConfig
+) -> dict[str, Sequence[ChannelScores]]:
+    """Role → the scores of every expert. Experts keep their float weights: nothing is rounded."""
+    return {
+        role: [
+            ChannelScores(
+                weights=[fused.weight(role, expert)],
+                criterion=config.make_criterion(role),
+                selector=config.make_selector(),
+                seed=config.seed + zlib.crc32(f"{name}.{role}.{expert}".encode()),
+            )
+            for expert in range(fused.experts)
+        ]
+        for role in ROLES
+    }
+
+
+def _plan_of_experts(
+    projection: Projection, found: ExpertsCalibrator, config: SparsityConfig
+) -> ExpertsPlan:
+    role, E = projection.role, found.fused.experts
+    return ExpertsPlan(
+        projection=projection,
+        sparsity=config.sparsity,
+        realised=found.realised(role),
+        cutoff=torch.tensor(found.cutoffs[role], dtype=torch.float32),
+        threshold=torch.stack([found.threshold(role, e).cpu() for e in range(E)]),
+        tokens=torch.tensor(found.tokens[role], dtype=torch.int64),
+        sample=experts_sample(getattr(found.fused.module, role)),
+    )
+
+
 class _Calibrator:
     def __init__(
         self,
@@ -200,6 +267,8 @@ class _Calibrator:
         config: SparsityConfig,
     ) -> None:
         self.decoder = decoder_of(model)
+        self.prefill = Prefill(1.0, config.sink_tokens)
+        self.experts: dict[str, ExpertsCalibrator] = {}
         self.copies = 2 if config.make_correction().compares else 1
         self.layers = {}
         for projection in projections:
@@ -208,7 +277,12 @@ class _Calibrator:
             name = projection.name
             self.layers[name] = _Layer(projection, module, scores[name], sparsities[name], config)
 
-    def run(self, windows: Tensor, title: str, show_progress: bool) -> dict[str, ProjectionPlan]:
+    def plans(self) -> dict[str, ProjectionPlan]:
+        """What was found for the projections, by name."""
+        return {name: layer.plan() for name, layer in self.layers.items()}
+
+    def run(self, windows: Tensor, title: str, show_progress: bool) -> None:
+        """Find all cut-offs."""
         chunks = windows.split(max(1, CHUNK_TOKENS // windows.shape[1]))
         passes = 1 if len(chunks) == 1 else 1 + len(chunks)
         with progress(title, passes * len(self.layers), show_progress) as advance:
@@ -216,11 +290,14 @@ class _Calibrator:
             if len(chunks) > 1:
                 for layer in self.layers.values():
                     layer.restart_statistics()
+                for experts in self.experts.values():
+                    experts.restart_statistics()
                 for chunk in chunks:
                     self._forward(chunk, advance)
                 for layer in self.layers.values():
                     layer.finish()
-        return {name: layer.plan() for name, layer in self.layers.items()}
+                for experts in self.experts.values():
+                    experts.set_cutoffs()
 
     def _forward(self, windows: Tensor, advance: Advance) -> None:
         def before(layer: _Layer) -> Any:
@@ -245,15 +322,23 @@ class _Calibrator:
                 layer.module.register_forward_pre_hook(before(layer)),
                 layer.module.register_forward_hook(after(layer)),
             ]
+        counted = torch.arange(windows.shape[1]) >= self.prefill.start(windows.shape[1])
+        counted = counted.repeat(len(windows))
+        # Where a correction compares, the first copy of the text runs dense.
+        counted = torch.cat([torch.zeros_like(counted)] * (self.copies - 1) + [counted])
         training = self.decoder.training
         device = next(self.decoder.parameters()).device
         self.decoder.eval()
         try:
+            for experts in self.experts.values():
+                experts.fused.module.forward = partial(experts.forward, counted.to(device))
             with torch.no_grad():
                 twice = torch.cat([windows] * self.copies)
                 self.decoder(input_ids=twice.to(device), use_cache=False)
         finally:
             self.decoder.train(training)
+            for experts in self.experts.values():
+                experts.fused.module.__dict__.pop("forward", None)
             for handle in handles:
                 handle.remove()
             for layer in self.layers.values():

@@ -13,13 +13,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from wina.experts import FEWEST_TOKENS
 from wina.kernels.reference import keep_mask
 from wina.linear import SparseLinear
 from wina.mlp import GatedForm, SparseGatedMLP
 from wina.patch import is_patched, patch_of
-from wina.plan import weighted_mean
-from wina.projections import DenseModule, dense_modules, find_projections, model_type_of
+from wina.plan import ExpertsPlan, weighted_mean
+from wina.projections import (
+    DenseModule,
+    dense_modules,
+    find_experts,
+    find_projections,
+    model_type_of,
+)
 from wina.rotation import rotation_elements
+from wina.sparse_experts import SparseExperts
 
 
 @dataclass(frozen=True)
@@ -100,13 +108,9 @@ class Inspection:
         reasons: dict[str, list[DenseModule]] = {}
         for module in self.dense:
             reasons.setdefault(module.reason, []).append(module)
-        total = sum(m.weights for m in self.dense) + sum(
-            N * K for N, K in (r.shape for r in self.rows)
-        )
         return "".join(
-            f"\nstays dense, {sum(m.weights for m in modules) / total:.1%} of the weights of the "
-            f"blocks: {modules[0].name}{f' and {len(modules) - 1} more' * (len(modules) > 1)}, "
-            f"each {reason}"
+            f"\nstays dense, {sum(m.weights for m in modules):,} weights: {modules[0].name}"
+            f"{f' and {len(modules) - 1} more' * (len(modules) > 1)}, each {reason}"
             for reason, modules in reasons.items()
         )
 
@@ -120,7 +124,7 @@ def inspect(model: nn.Module) -> Inspection:
         projections = find_projections(model)
         rows = tuple(
             InspectionRow(p.name, (p.out_features, p.in_features), 0.0, 0.0, None, "torch", "dense")
-            for p in projections
+            for p in (*projections, *(p for _, ps in find_experts(model).values() for p in ps))
         )
         return Inspection(
             model_type_of(model), "dense", 0.0, 0.0, rows, tuple(dense_modules(model))
@@ -146,6 +150,10 @@ def inspect(model: nn.Module) -> Inspection:
                 sparse[name].weight_bytes,
             )
         )
+    experts = {m.name: m for m in model.modules() if isinstance(m, SparseExperts)}
+    for name, of_experts in patch.plan.experts.items():
+        module_name, _, role = name.rpartition(".")
+        rows.append(_experts_row(of_experts, experts[module_name], role))  # type: ignore[attr-defined]
     return Inspection(
         patch.plan.model_type,
         patch.plan.config.method,
@@ -155,8 +163,28 @@ def inspect(model: nn.Module) -> Inspection:
         tuple(
             module
             for module in dense_modules(model)
-            if not isinstance(model.get_submodule(module.name), SparseLinear)
+            if not isinstance(model.get_submodule(module.name), SparseLinear | SparseExperts)
         ),
+    )
+
+
+def _experts_row(layer: ExpertsPlan, module: SparseExperts, role: str) -> InspectionRow:
+    projection = layer.projection
+    choice = module.choices[role]
+    weight = getattr(module, role)
+    few = int((layer.tokens < FEWEST_TOKENS).sum())
+    return InspectionRow(
+        projection.name,
+        (projection.out_features, projection.in_features),
+        layer.sparsity,
+        layer.realised,
+        None,
+        choice.backend.name,
+        f"{choice.reason}; a token reads {projection.copies} of {len(layer.threshold)} experts"
+        + (f", {few} of them with the cut-off of all" if few else ""),
+        (),
+        str(weight.dtype).removeprefix("torch."),
+        weight.nbytes,
     )
 
 
@@ -181,7 +209,8 @@ class RealisedSparsity:
     """Counts the channels that sparse products drop while it is attached."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._projections = [layer.projection for layer in patch_of(model).plan.layers.values()]
+        layers = patch_of(model).plan.all_layers.values()
+        self._projections = [layer.projection for layer in layers]
         # Tensors: reading each count would make a GPU wait for the CPU in every layer.
         self._dropped = {p.name: torch.zeros((), dtype=torch.int64) for p in self._projections}
         # Numbers would be constants to torch.compile: each call would compile anew.

@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from wina.errors import PatchStateError, PlanError, UnsupportedModelError
+from wina.experts import ROLES, recognise_experts
 from wina.group import ProjectionGroup
 from wina.linear import Control, SparseLinear
 from wina.mlp import SparseGatedMLP, recognise_gated_mlp
@@ -22,6 +24,7 @@ from wina.prefill import Prefill
 from wina.progress import progress
 from wina.projections import architecture_of, group_members, why_dense
 from wina.quantized_linear import QuantizedSparseLinear
+from wina.sparse_experts import SparseExperts
 
 _ATTRIBUTE = "_wina_patch"
 
@@ -36,15 +39,15 @@ class Layout:
         self._pending: tuple[nn.Parameter, Tensor] | None = None
 
     def to_k_major(self, parameter: nn.Parameter) -> None:
-        """Lay a weight [N, K] K-major: same values, shape and storage, strides (1, N)."""
+        """Lay a weight [..., N, K] K-major: same values, shape and storage, last strides (1, N)."""
         data = parameter.data
-        if data.t().is_contiguous():
+        if data.mT.is_contiguous():
             return
-        values = data.t().clone(memory_format=torch.contiguous_format)
+        values = data.mT.clone(memory_format=torch.contiguous_format)
         self._pending = (parameter, values)
         turned = _memory(parameter).view(values.shape)
         turned.copy_(values)
-        parameter.data = turned.t()
+        parameter.data = turned.mT
         self._pending = None
 
     def to_row_major(self, parameter: nn.Parameter) -> None:
@@ -52,7 +55,7 @@ class Layout:
         if parameter.data.is_contiguous():
             return
         self._pending = (
-            parameter, parameter.data.t().clone(memory_format=torch.contiguous_format)
+            parameter, parameter.data.mT.clone(memory_format=torch.contiguous_format)
         )  # fmt: skip
         self.recover()
 
@@ -61,8 +64,8 @@ class Layout:
         if self._pending is None:
             return
         parameter, values = self._pending
-        straight = _memory(parameter).view(values.shape[1], values.shape[0])
-        straight.copy_(values.t())
+        straight = _memory(parameter).view(values.mT.shape)
+        straight.copy_(values.mT)
         parameter.data = straight
         self._pending = None
 
@@ -83,7 +86,10 @@ class Replaced(NamedTuple):
     def undo(self) -> None:
         """Put the original back, in whatever was wrapped around the new module since."""
         self.original.train(self.new.training)
-        self.original._modules.update(self.new._modules)
+        if isinstance(
+            self.new, SparseGatedMLP
+        ):  # adapters may have been wrapped around its children
+            self.original._modules.update(self.new._modules)
         if self.parent._modules[self.name] is self.new:
             self.parent._modules[self.name] = self.original
             return
@@ -106,6 +112,7 @@ class Patch:
     transposed: list[nn.Parameter] = field(default_factory=list)
     layout: Layout = field(default_factory=Layout)
     attributes: list[str] = field(default_factory=list)
+    hooks: list[RemovableHandle] = field(default_factory=list)
     dropped: bool = False
 
     def drop_originals(self) -> None:
@@ -118,6 +125,8 @@ class Patch:
 
         Can be interrupted and called again.
         """
+        while self.hooks:
+            self.hooks.pop().remove()
         while self.replaced:
             self.replaced[-1].undo()
             self.replaced.pop()
@@ -219,6 +228,8 @@ def apply_plan(
                     sparse = QuantizedSparseLinear(*settings, config.weight_dtype, layer.terms)
                 _replace(patch, parent, leaf, original, sparse)
                 advance()
+        for name in plan.expert_modules:
+            _replace_experts(patch, model, name)
         if config.weight_dtype is None:
             _form_groups(model, plan, fused=gated)
         for name, found in gated.items():
@@ -245,6 +256,31 @@ def _form_groups(model: nn.Module, plan: SparsityPlan, fused: Container[str]) ->
         group = ProjectionGroup([m for m in modules if isinstance(m, SparseLinear)])
         for module in group.members:
             module.group = group
+
+
+def _replace_experts(patch: Patch, model: nn.Module, name: str) -> None:
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    original = parent._modules[leaf]
+    assert original is not None
+    fused = recognise_experts(original)
+    assert fused is not None  # the plan has been checked
+    layers = {role: patch.plan.experts[f"{name}.{role}"] for role in ROLES}
+    sparse = SparseExperts(
+        fused,
+        name,
+        {role: layer.threshold for role, layer in layers.items()},
+        {role: layer.sparsity for role, layer in layers.items()},
+        patch.plan.config.make_selector(),
+        patch.control,
+    )
+    for role in ROLES:
+        weight = getattr(sparse, role)
+        if sparse.choices[role].backend.k_major and not fused.transposed:
+            patch.transposed.append(weight)
+            patch.layout.to_k_major(weight)
+    patch.hooks.append(parent.register_forward_pre_hook(sparse.enter))
+    _replace(patch, parent, leaf, original, sparse)
 
 
 def _lay(patch: Patch, sparse: SparseLinear) -> None:
@@ -342,17 +378,17 @@ def _check_weights(model: nn.Module, plan: SparsityPlan) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter.data_ptr(), []).append(name)
-    for name in plan.layers:
-        weight = model.get_submodule(name).weight
+    weights = {f"{name}.weight": model.get_submodule(name).weight for name in plan.layers}
+    weights |= {name: model.get_parameter(name) for name in plan.experts}
+    for name, weight in weights.items():
         assert isinstance(weight, Tensor)
         sharing = owners[weight.data_ptr()]
         if len(sharing) > 1 and weight.numel():
             raise UnsupportedModelError(
-                f"{name}.weight shares its memory with "
-                f"{', '.join(n for n in sharing if n != f'{name}.weight')}: laying it K-major "
-                "would break the other"
+                f"{name} shares its memory with {', '.join(n for n in sharing if n != name)}: "
+                "laying it K-major would break the other"
             )
-        if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        if not (weight.is_contiguous() or weight.mT.is_contiguous()):
             raise UnsupportedModelError(
-                f"{name}.weight has strides {weight.stride()}: make it contiguous first"
+                f"{name} has strides {weight.stride()}: make it contiguous first"
             )

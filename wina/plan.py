@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import wina.projections as projections_module
 from wina.config import SparsityConfig
 from wina.corrections import Terms
 from wina.errors import PlanError, WinaError
+from wina.experts import recognise_experts
 from wina.files import write_atomically
 from wina.projections import Projection
 from wina.rotation import NO_ROTATION, rotation_of
@@ -35,6 +36,11 @@ JSON_FILE = "plan.json"
 TENSOR_FILE = "plan.safetensors"
 
 _SAMPLES = 16
+_EXPERT_TENSORS = ("cutoff", "threshold", "tokens", "sample")
+_OTHER_WEIGHTS = (
+    "{} has other weights than the model this plan was made for: calibrate this model and use its "
+    "own plan"
+)
 # A checkpoint rounded to bfloat16 is the same model; a fine-tuned one is not.
 _SAMPLE_RTOL = 2.0**-7
 
@@ -63,6 +69,30 @@ class ProjectionPlan:
 
 
 @dataclass(frozen=True)
+class ExpertsPlan:
+    """What the matrices of one role of E fused experts do at run time, and what was measured.
+
+    Attributes:
+        projection: name, shape of one expert's matrix, and how many a token passes.
+        sparsity: share of channels to drop.
+        realised: share dropped on the calibration text, over all experts.
+        cutoff: τ of every expert, [E] float32.
+        threshold: τ/c, [E, K] float32.
+        tokens: calibration tokens that each expert saw, [E] int64; those that saw fewer than
+            :data:`wina.experts.FEWEST_TOKENS` have the cut-off of all experts together.
+        sample: a few weights, by which the model is recognised, float32.
+    """
+
+    projection: Projection
+    sparsity: float
+    realised: float
+    cutoff: Tensor
+    threshold: Tensor
+    tokens: Tensor
+    sample: Tensor
+
+
+@dataclass(frozen=True)
 class SparsityPlan:
     """Thresholds for every projection of one model.
 
@@ -71,19 +101,32 @@ class SparsityPlan:
         model_type: ``config.model_type`` of the model.
         calibration: what was read: source, tokens (JSON values, for people).
         layers: projection name → its plan, in order of execution.
+        experts: name of the module of fused experts and role → their plan.
     """
 
     config: SparsityConfig
     model_type: str
     calibration: Mapping[str, Any]
     layers: Mapping[str, ProjectionPlan] = field(repr=False)
+    experts: Mapping[str, ExpertsPlan] = field(repr=False, default_factory=dict)
+
+    @property
+    def all_layers(self) -> dict[str, ProjectionPlan | ExpertsPlan]:
+        """Projections and fused experts, by name."""
+        return {**self.layers, **self.experts}
+
+    @property
+    def expert_modules(self) -> tuple[str, ...]:
+        """Names of the modules of fused experts."""
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.experts))
 
     @property
     def realised(self) -> float:
         """Share of projection weights skipped on the calibration text."""
+        layers = self.all_layers
         return weighted_mean(
-            [layer.projection for layer in self.layers.values()],
-            {name: layer.realised for name, layer in self.layers.items()},
+            [layer.projection for layer in layers.values()],
+            {name: layer.realised for name, layer in layers.items()},
         )
 
     @property
@@ -117,10 +160,22 @@ class SparsityPlan:
             if not torch.allclose(
                 weight_sample(module.weight), layer.sample, rtol=_SAMPLE_RTOL, atol=1e-8
             ):
+                raise PlanError(_OTHER_WEIGHTS.format(name))
+        for name, experts in self.experts.items():
+            module_name, _, role = name.rpartition(".")
+            module = modules.get(module_name)
+            fused = None if module is None else recognise_experts(module)
+            if fused is None:
+                raise PlanError(f"the plan names {module_name}, which are no fused experts")
+            wanted = (experts.projection.out_features, experts.projection.in_features)
+            if fused.shape(role) != wanted or fused.experts != len(experts.threshold):
                 raise PlanError(
-                    f"{name} has other weights than the model this plan was made for: "
-                    "calibrate this model and use its own plan"
+                    f"{name} has {fused.experts} matrices {fused.shape(role)}, in the plan "
+                    f"{len(experts.threshold)} matrices {wanted}"
                 )
+            sample = experts_sample(getattr(fused.module, role))
+            if not torch.allclose(sample, experts.sample, rtol=_SAMPLE_RTOL, atol=1e-8):
+                raise PlanError(_OTHER_WEIGHTS.format(name))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the plan into ``folder`` (made if missing). A previous plan is replaced at once
@@ -134,6 +189,9 @@ class SparsityPlan:
             tensors[f"{name}.sample"] = layer.sample.contiguous()
             for term, tensor in layer.terms.tensors().items():
                 tensors[f"{name}.correction.{term}"] = tensor.contiguous()
+        for name, experts in self.experts.items():
+            for key in _EXPERT_TENSORS:
+                tensors[f"{name}.{key}"] = getattr(experts, key).contiguous()
         blob = safetensors_save(tensors)
         document = self._document(hashlib.sha256(blob).hexdigest())
         text = json.dumps(document, indent=1, allow_nan=False) + "\n"
@@ -166,6 +224,16 @@ class SparsityPlan:
             ],
             "tensors_sha256": tensor_hash,
         }
+        if self.experts:
+            document["experts"] = [
+                {
+                    **asdict(layer.projection),
+                    "experts": len(layer.threshold),
+                    "sparsity": layer.sparsity,
+                    "realised": layer.realised,
+                }
+                for layer in self.experts.values()
+            ]
         document["sha256"] = _digest(document)
         return document
 
@@ -237,7 +305,28 @@ class SparsityPlan:
             model_type=_typed(document, "model_type", str),
             calibration=_typed(document, "calibration", dict),
             layers=layers,
+            experts={
+                row["name"]: _parse_experts(row, tensors) for row in document.get("experts", ())
+            },
         )
+
+
+def _parse_experts(row: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExpertsPlan:
+    name = _typed(row, "name", str)
+    numbers = ("in_features", "out_features", "copies", "block")
+    projection = Projection(
+        name=name,
+        group=_typed(row, "group", str),
+        **{key: _typed(row, key, int) for key in numbers},
+    )
+    found = {key: tensors[f"{name}.{key}"] for key in _EXPERT_TENSORS}
+    shape = (_typed(row, "experts", int), projection.in_features)
+    threshold = found["threshold"]
+    if tuple(threshold.shape) != shape or found["cutoff"].shape != found["tokens"].shape:
+        raise PlanError(f"{name}.threshold has shape {tuple(threshold.shape)}, not {shape}")
+    if threshold.dtype != torch.float32 or threshold.isnan().any():
+        raise PlanError(f"{name}.threshold must be float32 without NaN")
+    return ExpertsPlan(projection, _share(row, "sparsity"), _share(row, "realised"), **found)
 
 
 def weighted_mean(projections: Sequence[Projection], values: Mapping[str, float]) -> float:
@@ -255,6 +344,11 @@ def weight_sample(weight: Tensor) -> Tensor:
     column = (index * 104729 + 5) % columns
     sample = weight.detach()[row.to(weight.device), column.to(weight.device)]
     return sample.to("cpu", torch.float32)
+
+
+def experts_sample(weight: Tensor) -> Tensor:
+    """A few weights of the first and the last of E matrices, float32 on the CPU."""
+    return torch.cat([weight_sample(weight[0]), weight_sample(weight[-1])])
 
 
 def _digest(document: Mapping[str, Any]) -> str:

@@ -7,7 +7,8 @@ that way. Knows nothing of sparsity.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wina.errors import UnsupportedModelError
+from wina.experts import ROLES, FusedExperts, recognise_experts
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Projection:
     """One linear layer inside a decoder block: y = Wx + b, W [out_features, in_features].
 
     ``group`` names the projection group: all projections with the same value read the same hidden
-    state and sit in the same module.
+    state and sit in the same module. ``copies`` exceeds 1 for the projections of fused experts: as
+    many experts, each with a weight of its own, multiply one token.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Projection:
     group: str
     in_features: int
     out_features: int
+    copies: int = 1
 
     @property
     def role(self) -> str:
@@ -38,8 +42,8 @@ class Projection:
 
     @property
     def weights(self) -> int:
-        """Number of weights, K·N: what one token reads when dense."""
-        return self.in_features * self.out_features
+        """Number of weights that one token reads when dense: K·N, for each of the copies."""
+        return self.in_features * self.out_features * self.copies
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,40 @@ def find_projections(model: nn.Module) -> list[Projection]:
     ]
 
 
+def find_experts(model: nn.Module) -> dict[str, tuple[FusedExperts, tuple[Projection, ...]]]:
+    """Name → fused experts of the decoder blocks and their two projections, in order of execution.
+
+    Sends two tokens through the decoder, to see how many experts a token passes.
+    """
+    found = {}
+    for index, name, module in _block_modules(model):
+        if not _offloaded(module) and (fused := recognise_experts(module)) is not None:
+            found[name] = (index, fused)
+    if not found:
+        return {}
+    chosen: dict[str, int] = {}
+
+    def observer(name: str) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            chosen[name] = arguments[1].shape[-1]
+
+        return hook
+
+    with _pre_hooks({name: fused.module for name, (_, fused) in found.items()}, observer):
+        _run_two_tokens(model)
+
+    def projection(name: str, role: str) -> Projection:
+        index, fused = found[name]
+        N, K = fused.shape(role)
+        return Projection(f"{name}.{role}", index, f"{name}[{role}]", K, N, chosen[name])
+
+    return {
+        name: (fused, tuple(projection(name, role) for role in ROLES))
+        for name, (_, fused) in found.items()
+        if name in chosen
+    }
+
+
 def dense_modules(model: nn.Module) -> list[DenseModule]:
     """The modules of the decoder blocks that hold matrices and cannot become sparse."""
     architecture = architecture_of(model)
@@ -210,6 +248,8 @@ def why_dense(name: str, module: nn.Module, architecture: Architecture) -> str |
             "is offloaded by accelerate: its whole weight is copied for every token, so skipping "
             "channels saves nothing; a device_map without cpu or disk makes it sparse"
         )
+    if recognise_experts(module) is not None:
+        return None
     if not is_linear(module, architecture):
         shapes = ", ".join(n for n in _matrices(module))
         return (
@@ -256,15 +296,8 @@ def _observe_inputs(
 
         return hook
 
-    handles = [module.register_forward_pre_hook(observer(name)) for name, module in linears.items()]
-    decoder = decoder_of(model)
-    try:
-        device = next(decoder.parameters()).device
-        with torch.no_grad():
-            decoder(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _pre_hooks(linears, observer):
+        _run_two_tokens(model)
     unreached = [name for name in linears if name not in inputs]
     if unreached:
         raise UnsupportedModelError(
@@ -272,6 +305,23 @@ def _observe_inputs(
             f"({len(unreached)} such modules): wina cannot tell what it reads"
         )
     return inputs
+
+
+@contextmanager
+def _pre_hooks(modules: Mapping[str, nn.Module], hook: Callable[[str], Any]) -> Iterator[None]:
+    handles = [m.register_forward_pre_hook(hook(name)) for name, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run_two_tokens(model: nn.Module) -> None:
+    decoder = decoder_of(model)
+    device = next(decoder.parameters()).device
+    with torch.no_grad():
+        decoder(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
 
 
 def _group_by_input(inputs: dict[str, tuple[Tensor, int]]) -> dict[str, str]:

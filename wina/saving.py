@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from wina.errors import PatchStateError
 from wina.patch import Patch, patch_of
-from wina.plan import SparsityPlan, weight_sample
+from wina.plan import SparsityPlan, experts_sample, weight_sample
 from wina.quantized_linear import QuantizedSparseLinear
 from wina.rotation import NO_ROTATION
 
@@ -115,4 +115,8 @@ def _plan_of(plan: SparsityPlan, weights: dict[str, Tensor]) -> SparsityPlan:
         else layer
         for name, layer in plan.layers.items()
     }
-    return replace(plan, layers=layers)
+    experts = {
+        name: replace(layer, sample=experts_sample(weights[name])) if name in weights else layer
+        for name, layer in plan.experts.items()
+    }
+    return replace(plan, layers=layers, experts=experts)

@@ -43,8 +43,17 @@ for _name, _settings in {
     "starcoder2": {},
     "gpt_neox": {"num_key_value_heads": None},
     "cohere": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48,
+    },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "layer_types": ["full_attention", "full_attention"],
+    },
     "falcon": {"num_key_value_heads": None, "intermediate_size": None, "bias": True},
-}.items():
+}.items():  # fmt: skip
     TINY.register(_name)(_settings)  # type: ignore[arg-type]
 
 
