@@ -175,8 +175,10 @@ def compare(
     for config in configs:
         with rotated(model, config.rotation_spec, tokenizer, show_progress):
             sparsify(
-                model, config, tokenizer=tokenizer, keep_original=True, show_progress=show_progress
-            )
+                model, config, tokenizer=tokenizer, keep_original=True,
+                backend="reference" if METHODS[config.method].gate_mask else "auto",
+                show_progress=show_progress,
+            )  # fmt: skip
             try:
                 title = f"scoring {config.method} at {config.sparsity:.0%}"
                 scored = perplexity(

@@ -161,12 +161,19 @@ class RealisedSparsity:
         # Tensors: reading each count would make a GPU wait for the CPU in every layer.
         self._dropped = {p.name: torch.zeros((), dtype=torch.int64) for p in self._projections}
         self._seen = {p.name: 0 for p in self._projections}
+        # A gate's mask drops rows of up as well: counted with the columns of down.
+        self._rows = {
+            f"{name}.{m.gated.form.down}": (f"{name}.{m.gated.form.up}",)
+            for name, m in model.named_modules()
+            if isinstance(m, SparseGatedMLP) and m.gate_mask
+        }
 
     def __call__(self, name: str, x: Tensor, threshold: Tensor, scale: Tensor | None) -> None:
         """Count one product's channels."""
         dropped = (~keep_mask(x.detach(), threshold, scale)).sum()
-        self._dropped[name] = self._dropped[name].to(dropped.device) + dropped
-        self._seen[name] += x.numel()
+        for reader in (name, *self._rows.get(name, ())):
+            self._dropped[reader] = self._dropped[reader].to(dropped.device) + dropped
+            self._seen[reader] += x.numel()
 
     @property
     def by_projection(self) -> Mapping[str, float]:
