@@ -202,7 +202,9 @@ def eval_ppl(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Score at most this many; 0: all.")] = 0,
     window: Annotated[int, typer.Option(help="Tokens in one window.")] = 512,
-    selector: Annotated[str, typer.Option(help="threshold, relative or topk.")] = "threshold",
+    selector: Annotated[
+        str, typer.Option(help="threshold, relative, topk or statistical.")
+    ] = "threshold",
     mask: Annotated[str, typer.Option(help="projection or group.")] = "projection",
     statistics: Annotated[str, typer.Option(help="sequential or dense.")] = "sequential",
     prefill: Annotated[str, typer.Option(help="all or last:<share>.")] = "all",

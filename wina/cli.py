@@ -80,7 +80,9 @@ def calibrate(
     model: Model = "demo",
     method: Method = "wina",
     sparsity: Sparsity = 0.5,
-    selector: Annotated[str, typer.Option(help="threshold, relative or topk.")] = "threshold",
+    selector: Annotated[
+        str, typer.Option(help="threshold, relative, topk or statistical.")
+    ] = "threshold",
     mask: Annotated[
         str, typer.Option(help="One mask per projection, or per group.")
     ] = "projection",

@@ -29,7 +29,8 @@ class SparsityConfig:
         method: a name of :data:`wina.methods.METHODS`, which sets criterion and allocation.
         sparsity: share of input channels dropped on average, in [0, 1).
         criterion: overrides the method's, such as ``"norm-power:0.3"``.
-        selector: ``"threshold"`` (calibrated, what is deployed), ``"relative"`` or ``"topk"``.
+        selector: ``"threshold"`` (calibrated, what is deployed), ``"relative"``, ``"topk"``
+            or ``"statistical"``.
         allocation: overrides the method's.
         correction: overrides the method's, such as ``"bias"``.
         mask: ``"projection"`` (each its own) or ``"group"`` (q, k, v share one, and gate, up).
