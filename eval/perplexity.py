@@ -19,7 +19,7 @@ from wina.api import sparsify
 from wina.bench.machine import machine_card
 from wina.config import SparsityConfig
 from wina.errors import ConfigError
-from wina.inspection import measure_sparsity
+from wina.inspection import inspect, measure_sparsity
 from wina.methods import METHODS
 from wina.patch import is_patched, prefill_protocol, restore
 from wina.prefill import parse_prefill
@@ -35,11 +35,13 @@ class Perplexity:
         nats: mean negative log-likelihood per predicted token.
         tokens: number of predicted tokens.
         realised: share of projection weights skipped by the tokens that were sparse; 0 if dense.
+        extra_bytes: what such a token reads for corrections, over all projections.
     """
 
     nats: float
     tokens: int
     realised: float
+    extra_bytes: int = 0
 
     @property
     def perplexity(self) -> float:
@@ -83,7 +85,12 @@ def perplexity(
             total += float(F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))
             count += ids[:, 1:].numel()
             advance(len(ids))
-    return Perplexity(total / count, count, counter.mean if counter else 0.0)
+    return Perplexity(
+        total / count,
+        count,
+        counter.mean if counter else 0.0,
+        inspect(model).extra_bytes if counter else 0,
+    )
 
 
 def strided_windows(stream: Tensor, window: int, stride: int) -> list[tuple[Tensor, int]]:
@@ -196,7 +203,7 @@ def _row(method: str, sparsity: float, scored: Perplexity, baseline: Perplexity)
         "realised_bytes_sparsity": scored.realised,
         "perplexity": scored.perplexity,
         "nats_over_dense": scored.nats - baseline.nats,
-        "extra_bytes": 0,
+        "extra_bytes": scored.extra_bytes,
         "tokens": scored.tokens,
     }
 
@@ -204,11 +211,19 @@ def _row(method: str, sparsity: float, scored: Perplexity, baseline: Perplexity)
 def print_comparison(title: str, rows: Sequence[dict[str, Any]], prefill: str) -> None:
     """A table for people, then the JSON line."""
     table = Table(title=f"{title}: perplexity, prefill {prefill}, {rows[0]['tokens']} tokens")
-    for column in ("method", "sparsity", "realised", "perplexity", "nats over dense"):
+    for column in (
+        "method",
+        "sparsity",
+        "realised",
+        "extra bytes",
+        "perplexity",
+        "nats over dense",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["method"], f"{row['sparsity']:.2f}", f"{row['realised_bytes_sparsity']:.4f}",
+            f"{row['extra_bytes']:,}",
             f"{row['perplexity']:.3f}", f"{row['nats_over_dense']:.4f}",
         )  # fmt: skip
     Console(width=100).print(table)

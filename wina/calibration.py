@@ -23,6 +23,7 @@ from wina.allocation import Problem, Uniform, Unit
 from wina.config import SparsityConfig
 from wina.corrections import Products, Terms
 from wina.errors import CalibrationError, PatchStateError
+from wina.learning import learn
 from wina.plan import ProjectionPlan, SparsityPlan, weight_sample
 from wina.prefill import Prefill
 from wina.progress import Advance, progress
@@ -104,7 +105,7 @@ def calibrate(
     allocation = config.make_allocation() if config.sparsity else Uniform()
     sparsities = problem.by_projection(allocation.allocate(problem))
     title = f"calibrating {config.method} at {config.sparsity:.0%}"
-    return SparsityPlan(
+    plan = SparsityPlan(
         config=config,
         model_type=model_type_of(model),
         calibration={
@@ -116,6 +117,10 @@ def calibrate(
         },
         layers=run(sparsities, title, show_progress),
     )
+    correction = config.make_correction()
+    if not correction.learns or config.sparsity == 0.0:
+        return plan
+    return learn(model, plan, correction, windows, show_progress)
 
 
 def _units(projections: Sequence[Projection], config: SparsityConfig) -> list[Unit]:

@@ -25,7 +25,8 @@ from wina.projections import find_projections
 class InspectionRow:
     """One projection of a model.
 
-    ``weight_dtype`` and ``weight_bytes`` tell how the weight is kept in memory.
+    ``weight_dtype`` and ``weight_bytes`` tell how the weight is kept in memory, ``extra_bytes``
+    what a token reads for the correction on top of the channels that it keeps.
     ``realised`` is what calibration measured, ``fused`` the roles of the projections that share
     its launch while decoding, its own among them, empty where it has one for itself.
     """
@@ -40,6 +41,7 @@ class InspectionRow:
     fused: tuple[str, ...] = ()
     weight_dtype: str = ""
     weight_bytes: int = 0
+    extra_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class Inspection:
     prefill: float
     realised: float
     rows: tuple[InspectionRow, ...]
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes that a sparse token reads for corrections, over all projections."""
+        return sum(row.extra_bytes for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -86,10 +93,12 @@ class Inspection:
             )
         text = StringIO()
         Console(file=text, width=200, color_system=None).print(table)
+        weights = sum(row.weight_bytes for row in self.rows)
+        correction = f"; correction: {self.extra_bytes / weights:.2%} of the weights' bytes"
         return (
             f"{text.getvalue()}realised over the model: {self.realised:.3f} of projection weights "
             f"skipped by a decoded token (on calibration text); share of prefill tokens that are "
-            f"sparse: {self.prefill:g}"
+            f"sparse: {self.prefill:g}{correction if self.extra_bytes else ''}"
         )
 
 
@@ -124,6 +133,7 @@ def inspect(model: nn.Module) -> Inspection:
                 _fused_with(name, layer.projection.role, sparse[name], mlps),
                 sparse[name].weight_dtype,
                 sparse[name].weight_bytes,
+                sparse[name].correction_bytes,
             )
         )
     return Inspection(
@@ -138,6 +148,8 @@ def inspect(model: nn.Module) -> Inspection:
 def _fused_with(
     name: str, role: str, module: SparseLinear, mlps: Mapping[str, GatedForm]
 ) -> tuple[str, ...]:
+    if not module.one_launch:
+        return ()
     form = mlps.get(name.rpartition(".")[0])
     if form is not None and role in (form.gate, form.up):
         return (form.gate, form.up)
