@@ -212,7 +212,8 @@ def eval_ppl(
     tokens: Annotated[int, typer.Option(help="Score at most this many; 0: all.")] = 0,
     window: Annotated[int, typer.Option(help="Tokens in one window.")] = 512,
     selector: Annotated[
-        str | None, typer.Option(help="threshold, relative or topk; default: the method's.")
+        str | None,
+        typer.Option(help="threshold, relative, topk or statistical; default: the method's."),
     ] = None,
     mask: Annotated[str, typer.Option(help="projection or group.")] = "projection",
     statistics: Annotated[str, typer.Option(help="sequential or dense.")] = "sequential",

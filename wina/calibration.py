@@ -24,6 +24,7 @@ from wina.allocation import Measurements, Problem, Uniform, Unit
 from wina.config import SparsityConfig
 from wina.corrections import Products, Terms
 from wina.errors import CalibrationError, PatchStateError, UnsupportedModelError
+from wina.learning import learn
 from wina.methods import METHODS
 from wina.mlp import recognise_gated_mlp
 from wina.plan import ProjectionPlan, SparsityPlan, weight_sample
@@ -125,7 +126,7 @@ def calibrate(
     title = f"calibrating {config.method} at {config.sparsity:.0%}"
     scores = _scores(model, units, config)
     calibrator = _Calibrator(model, projections, scores, sparsities, config)
-    return SparsityPlan(
+    plan = SparsityPlan(
         config=config,
         model_type=model_type_of(model),
         calibration={
@@ -138,6 +139,10 @@ def calibrate(
         },
         layers=calibrator.run(windows, title, show_progress),
     )
+    correction = config.make_correction()
+    if not correction.learns or config.sparsity == 0.0:
+        return plan
+    return learn(model, plan, correction, windows, show_progress)
 
 
 def _units(projections: Sequence[Projection], config: SparsityConfig) -> list[Unit]:

@@ -31,7 +31,7 @@ class SparsityConfig:
         sparsity: share of input channels dropped on average, in [0, 1).
         criterion: overrides the method's, such as ``"norm-power:0.3"``.
         selector: overrides the method's: ``"threshold"`` (calibrated, what is deployed),
-            ``"relative"`` or ``"topk"``.
+            ``"relative"``, ``"topk"`` or ``"statistical"``.
         allocation: overrides the method's.
         correction: overrides the method's, such as ``"bias"``.
         mask: ``"projection"`` (each its own) or ``"group"`` (q, k, v share one, and gate, up).

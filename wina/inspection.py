@@ -26,7 +26,8 @@ from wina.rotation import rotation_elements
 class InspectionRow:
     """One projection of a model.
 
-    ``weight_dtype`` and ``weight_bytes`` tell how the weight is kept in memory.
+    ``weight_dtype`` and ``weight_bytes`` tell how the weight is kept in memory, ``extra_bytes``
+    what a token reads for the correction on top of the channels that it keeps.
     ``realised`` is what calibration measured, ``fused`` the roles of the projections that share
     its launch while decoding, its own among them, empty where it has one for itself.
     """
@@ -41,6 +42,7 @@ class InspectionRow:
     fused: tuple[str, ...] = ()
     weight_dtype: str = ""
     weight_bytes: int = 0
+    extra_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Inspection:
         prefill: share of a prompt's tokens that are sparse.
         realised: share of projection weights a decoded token skips, on calibration text.
         rows: one for each projection, in order of execution.
+        rotation_bytes: what a token reads for the model's rotations, see :func:`wina.rotate`.
     """
 
     model_type: str
@@ -60,6 +63,12 @@ class Inspection:
     prefill: float
     realised: float
     rows: tuple[InspectionRow, ...]
+    rotation_bytes: int = 0
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes that a sparse token reads for corrections and rotations."""
+        return sum(row.extra_bytes for row in self.rows) + self.rotation_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -87,10 +96,12 @@ class Inspection:
             )
         text = StringIO()
         Console(file=text, width=200, color_system=None).print(table)
+        weights = sum(row.weight_bytes for row in self.rows)
+        extra = f"; corrections, rotations: {self.extra_bytes / max(weights, 1):.2%} of the weights"
         return (
             f"{text.getvalue()}realised over the model: {self.realised:.3f} of projection weights "
             f"skipped by a decoded token (on calibration text); share of prefill tokens that are "
-            f"sparse: {self.prefill:g}"
+            f"sparse: {self.prefill:g}{extra if self.extra_bytes and weights else ''}"
         )
 
 
@@ -105,7 +116,8 @@ def inspect(model: nn.Module) -> Inspection:
             InspectionRow(p.name, (p.out_features, p.in_features), 0.0, 0.0, None, "torch", "dense")
             for p in projections
         )
-        return Inspection(str(model.config.model_type), "dense", 0.0, 0.0, rows)  # type: ignore[union-attr]
+        kind = str(model.config.model_type)  # type: ignore[union-attr]
+        return Inspection(kind, "dense", 0.0, 0.0, rows, rotation_elements(model).bytes)
     patch = patch_of(model)
     rows = []  # type: ignore[assignment]
     sparse = {m.name: m for m in model.modules() if isinstance(m, SparseLinear)}
@@ -125,6 +137,7 @@ def inspect(model: nn.Module) -> Inspection:
                 _fused_with(name, layer.projection.role, sparse[name], mlps),
                 sparse[name].weight_dtype,
                 sparse[name].weight_bytes,
+                sparse[name].correction_bytes,
             )
         )
     return Inspection(
@@ -133,24 +146,21 @@ def inspect(model: nn.Module) -> Inspection:
         patch.control.prefill.share if patch.control.enabled else 0.0,
         patch.plan.realised,
         tuple(rows),
+        rotation_elements(model).bytes,
     )
 
 
 def _fused_with(
     name: str, role: str, module: SparseLinear, mlps: Mapping[str, GatedForm]
 ) -> tuple[str, ...]:
+    if not module.one_launch:
+        return ()
     form = mlps.get(name.rpartition(".")[0])
     if form is not None and role in (form.gate, form.up):
         return (form.gate, form.up)
     if module.group is not None and module.group.fuses:
         return tuple(member.name.rpartition(".")[2] for member in module.group.members)
     return ()
-
-
-def extra_bytes(model: nn.Module) -> int:
-    """Bytes that a decoded token reads for corrections and rotations, beside the kept weights."""
-    corrections = sum(m.correction_bytes for m in model.modules() if isinstance(m, SparseLinear))
-    return corrections + rotation_elements(model).bytes
 
 
 class RealisedSparsity:

@@ -187,4 +187,4 @@ def test_statistics_in_chunks_are_those_of_all_tokens(
     monkeypatch.setattr(wina.calibration, "CHUNK_TOKENS", 256)
     parts = plan_for(llama, correction=name).layers[first].terms.tensors()
     for key, tensor in whole.items():
-        assert (parts[key] - tensor).norm() < 0.05 * tensor.norm()
+        assert (parts[key] - tensor).norm() < 0.1 * tensor.norm()

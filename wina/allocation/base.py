@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from wina.allocation.measurements import Measurements
-from wina.errors import ConfigError
 from wina.needs import Needs
 from wina.projections import Projection
 from wina.registry import Registry
@@ -105,17 +104,3 @@ class Allocation(ABC):
 
 
 ALLOCATIONS: Registry[type[Allocation]] = Registry("allocation")
-
-
-def whole(name: str, value: float, least: int = 1) -> int:
-    """A parameter of a spec as an integer; anything else raises :class:`ConfigError`."""
-    if value != int(value) or value < least:
-        raise ConfigError(f"{name} is a whole number of at least {least}, not {value:g}")
-    return int(value)
-
-
-def share(name: str, value: float) -> float:
-    """A parameter of a spec in (0, 1]; anything else raises :class:`ConfigError`."""
-    if not 0.0 < value <= 1.0:
-        raise ConfigError(f"{name} is a share in (0, 1], not {value:g}")
-    return value

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from wina.allocation.base import ALLOCATIONS, Allocation, Problem, share, whole
+from wina.allocation.base import ALLOCATIONS, Allocation, Problem
 from wina.allocation.curves import Curve, spend, up_to
 from wina.allocation.gradients import OperatingPoint, loss_changes
 from wina.needs import Needs
+from wina.registry import share, whole
 
 # Half the distance over which a slope is measured at an operating point.
 _REACH = 0.05

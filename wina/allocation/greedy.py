@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from wina.allocation.base import ALLOCATIONS, Allocation, Problem, share, whole
+from wina.allocation.base import ALLOCATIONS, Allocation, Problem
 from wina.allocation.blocks import Block, visit_blocks
 from wina.errors import ConfigError
 from wina.needs import Needs
+from wina.registry import share, whole
 
 # Where in a window the error is measured.
 _LAST = 0.25
