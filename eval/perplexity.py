@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from wina.api import sparsify
 from wina.bench.machine import machine_card
+from wina.calibration import Memory
 from wina.config import SparsityConfig
 from wina.errors import ConfigError
 from wina.inspection import inspect, measure_sparsity
@@ -174,10 +175,12 @@ def compare(
     ]
     baseline = perplexity(model, windows, title="scoring dense", show_progress=show_progress)
     rows = [_row("dense", 0.0, baseline, baseline)]
+    memory: Memory = {}
     for config in configs:
         sparsify(
-            model, config, tokenizer=tokenizer, keep_original=True, show_progress=show_progress
-        )
+            model, config, tokenizer=tokenizer, keep_original=True, show_progress=show_progress,
+            memory=memory,
+        )  # fmt: skip
         try:
             title = f"scoring {config.method} at {config.sparsity:.0%}"
             scored = perplexity(

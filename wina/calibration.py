@@ -13,7 +13,7 @@ the two halves of one batch, and only the second half is masked.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,9 @@ from wina.scores import ChannelScores, rounded
 from wina.statistics import ScoreHistogram
 from wina.texts import bundled, to_windows
 
+Memory = dict[Hashable, dict[Hashable, Any]]
+"""Settings → measurements of allocation policies, for :func:`calibrate`."""
+
 # Tokens whose activations are alive at once. More calibration tokens than this are taken in
 # several passes, at first with cut-offs from the first chunk.
 CHUNK_TOKENS = 16384
@@ -49,6 +52,7 @@ def calibrate(
     config: SparsityConfig | None = None,
     texts: Iterable[str] | Iterable[Tensor] | Tensor | None = None,
     show_progress: bool = True,
+    memory: Memory | None = None,
 ) -> SparsityPlan:
     """Find the thresholds of every projection.
 
@@ -58,6 +62,8 @@ def calibrate(
         config: defaults to ``SparsityConfig()``.
         texts: strings, a column of a dataset, or token ids; the bundled text by default.
         show_progress: draw a progress bar on stderr.
+        memory: an empty dictionary at first, then the same one for the same model and texts:
+            what an allocation policy measured for one sparsity is used for the others.
 
     Returns:
         The plan for :func:`wina.sparsify`.
@@ -101,6 +107,7 @@ def calibrate(
         sink_tokens=config.sink_tokens,
         thresholds=thresholds,
         show_progress=show_progress,
+        memory={} if memory is None else memory.setdefault(_measured_with(config), {}),
     )
     allocation = config.make_allocation() if config.sparsity else Uniform()
     sparsities = problem.by_projection(allocation.allocate(problem))
@@ -121,6 +128,14 @@ def calibrate(
     if not correction.learns or config.sparsity == 0.0:
         return plan
     return learn(model, plan, correction, windows, show_progress)
+
+
+def _measured_with(config: SparsityConfig) -> Hashable:
+    """What a measurement of an allocation policy depends on, beside model, text and policy."""
+    return (
+        config.criterion_spec, config.selector, config.mask, config.sink_tokens,
+        config.calibration_tokens, config.window, config.seed, config.weight_dtype,
+    )  # fmt: skip
 
 
 def _units(projections: Sequence[Projection], config: SparsityConfig) -> list[Unit]:

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from allocation_problem import problem_of
-from conftest import plan_for
+from conftest import CALIBRATION, config, plan_for
 from torch import Tensor, nn
 
 import wina
 from wina.allocation import ALLOCATIONS
 from wina.allocation.blocks import Block, visit_blocks
+from wina.calibration import Memory
 from wina.errors import ConfigError
 from wina.methods import METHODS
 from wina.plan import weighted_mean
@@ -67,6 +68,28 @@ def test_model_is_left_as_it_was(llama: nn.Module, spec: str, tokens: Tensor) ->
 def test_same_result_every_time(llama: nn.Module, spec: str) -> None:
     a, b = (quick_plan(llama, allocation=spec).layers for _ in range(2))
     assert [layer.sparsity for layer in a.values()] == [layer.sparsity for layer in b.values()]
+
+
+@pytest.mark.parametrize("spec", ["fisher", "block-error", "growing"])
+def test_one_measurement_serves_several_budgets(llama: nn.Module, spec: str) -> None:
+    settings = {"calibration_tokens": 512, "allocation": spec}
+    memory: Memory = {}
+    for sparsity in (0.4, 0.6):
+        shared, alone = (
+            wina.calibrate(
+                llama, config=config(**settings, sparsity=sparsity), texts=CALIBRATION,
+                show_progress=False, memory=kept,
+            )
+            for kept in (memory, None)
+        )  # fmt: skip
+        for name, layer in shared.layers.items():
+            assert torch.equal(layer.threshold, alone.layers[name].threshold)
+    assert [len(measured) for measured in memory.values()] == [1]
+    wina.calibrate(
+        llama, config=config(**settings, criterion="magnitude"), texts=CALIBRATION,
+        show_progress=False, memory=memory,
+    )  # fmt: skip
+    assert len(memory) == 2
 
 
 @pytest.mark.parametrize("spec", SPECS)

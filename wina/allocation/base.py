@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from wina.needs import Needs
 from wina.projections import Projection
 from wina.registry import Registry
 from wina.scores import ChannelScores
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Problem:
         thresholds: (sparsity of each unit) → threshold [K] of each projection, calibrated on
             ``windows`` with every projection before it sparse.
         show_progress: draw progress bars on stderr.
+        memory: what was measured on this model and text before, see :meth:`once`.
     """
 
     units: Sequence[Unit]
@@ -52,6 +56,17 @@ class Problem:
     sink_tokens: int
     thresholds: Callable[[Mapping[str, float]], Mapping[str, Tensor]]
     show_progress: bool = False
+    memory: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, measure: Callable[[], T]) -> T:
+        """What ``measure`` returns, measured at the first call with this key only.
+
+        For measurements that do not depend on the budget: several budgets then share them.
+        """
+        if key not in self.memory:
+            self.memory[key] = measure()
+        found: T = self.memory[key]
+        return found
 
     def by_projection(self, sparsities: Mapping[str, float]) -> dict[str, float]:
         """Sparsity of each projection, from that of each unit."""

@@ -48,7 +48,10 @@ class Fisher(Allocation):
     def allocate(self, problem: Problem) -> Mapping[str, float]:
         """Solve on the curves of the dense model, then on the corrected ones."""
         windows = problem.tokens(self.tokens)
-        curves = self._dense_curves(problem, windows)
+        curves = problem.once(
+            ("fisher", self.step, self.most, self.tokens),
+            lambda: self._dense_curves(problem, windows),
+        )
         found = spend(curves, problem.sparsity, self.most)
         for _ in range(self.rounds - 1):
             curves = self._corrected(problem, curves, found, windows)
