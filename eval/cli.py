@@ -215,6 +215,9 @@ def eval_ppl(
         str | None,
         typer.Option(help="threshold, relative, topk or statistical; default: the method's."),
     ] = None,
+    correction: Annotated[
+        str | None, typer.Option(help="Such as none, bias or learned; default: the method's.")
+    ] = None,
     mask: Annotated[str, typer.Option(help="projection or group.")] = "projection",
     statistics: Annotated[str, typer.Option(help="sequential or dense.")] = "sequential",
     prefill: Annotated[str, typer.Option(help="all or last:<share>.")] = "all",
@@ -239,6 +242,7 @@ def eval_ppl(
         prefill=prefill,
         settings={
             "selector": selector,
+            "correction": correction,
             "mask": mask,
             "statistics": statistics,
             "calibration_tokens": calibration_tokens,

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from wina.allocation import Measurements
 from wina.api import sparsify
 from wina.bench.machine import machine_card
 from wina.config import SparsityConfig
@@ -176,11 +177,13 @@ def compare(
     ]
     baseline = perplexity(model, windows, title="scoring dense", show_progress=show_progress)
     rows = [_row("dense", 0.0, baseline, baseline)]
+    measurements = Measurements(max((c.sparsity for c in configs), default=0.0))
     for config in configs:
         with rotated(model, config.rotation_spec, tokenizer, show_progress):
             sparsify(
                 model, config, tokenizer=tokenizer, keep_original=True,
                 backend="reference" if METHODS[config.method].gate_mask else "auto",
+                measurements=measurements,
                 show_progress=show_progress,
             )  # fmt: skip
             try:

@@ -99,6 +99,16 @@ METHODS.register("cats")(
         gate_mask=True,
     )
 )
+# 0.025 of a weight is the twentieth of its budget at 50 % that the paper's uniform recipe gives to
+# the rank (ρ = 0.95); here it comes on top of the channels, and is counted as extra bytes.
+METHODS.register("r-sparse")(
+    Method(
+        "l2-norm",
+        "uniform",
+        "|x|·‖W‖₂ and the weight's leading singular vectors for the rest, arXiv 2504.19449",
+        correction="weight-svd:share=0.025",
+    )
+)
 METHODS.register("was")(
     Method("l1-norm", "growing", "|x|·‖W‖₁, block budgets growing with depth, EMNLP 2025 main 57")
 )

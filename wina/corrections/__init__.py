@@ -15,6 +15,8 @@ from wina.corrections.base import (
 )
 from wina.corrections.bias import Bias
 from wina.corrections.learned import Learned
+from wina.corrections.low_rank import LowRank, WeightSVD
+from wina.corrections.sparse_fit import SparseFit
 
 __all__ = [
     "CORRECTIONS",
@@ -23,7 +25,10 @@ __all__ = [
     "Fit",
     "Learned",
     "Lesson",
+    "LowRank",
     "Products",
+    "SparseFit",
     "Terms",
     "Uncorrected",
+    "WeightSVD",
 ]
