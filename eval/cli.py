@@ -212,7 +212,11 @@ def eval_ppl(
     tokens: Annotated[int, typer.Option(help="Score at most this many; 0: all.")] = 0,
     window: Annotated[int, typer.Option(help="Tokens in one window.")] = 512,
     selector: Annotated[
-        str | None, typer.Option(help="threshold, relative or topk; default: the method's.")
+        str | None,
+        typer.Option(help="threshold, relative, topk or statistical; default: the method's."),
+    ] = None,
+    correction: Annotated[
+        str | None, typer.Option(help="Such as none, bias or learned; default: the method's.")
     ] = None,
     mask: Annotated[str, typer.Option(help="projection or group.")] = "projection",
     statistics: Annotated[str, typer.Option(help="sequential or dense.")] = "sequential",
@@ -238,6 +242,7 @@ def eval_ppl(
         prefill=prefill,
         settings={
             "selector": selector,
+            "correction": correction,
             "mask": mask,
             "statistics": statistics,
             "calibration_tokens": calibration_tokens,

@@ -28,7 +28,7 @@ from wina.errors import ConfigError, PlanError, WinaError
 from wina.eval.agreement import agreement
 from wina.eval.measurement import EvalTask, Measurement, Settings
 from wina.files import remove_partial, write_atomically
-from wina.inspection import extra_bytes
+from wina.inspection import inspect
 from wina.patch import apply_plan, restore
 from wina.plan import SparsityPlan
 from wina.rotation import NO_ROTATION, rotated
@@ -291,7 +291,7 @@ class GridRun:
             "documents": max((len(values) for values in measured.rows.values()), default=0),
             "agreement": None,
             "realised": None,
-            "extra_bytes": extra_bytes(self.lm.model),
+            "extra_bytes": inspect(self.lm.model).extra_bytes,
             "samples": list(measured.samples),
             "created": _now(),
         }

@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from wina.allocation import Measurements
 from wina.api import sparsify
 from wina.bench.machine import machine_card
 from wina.config import SparsityConfig
 from wina.errors import ConfigError
-from wina.inspection import extra_bytes, measure_sparsity
+from wina.inspection import inspect, measure_sparsity
 from wina.methods import METHODS
 from wina.patch import is_patched, prefill_protocol, restore
 from wina.prefill import parse_prefill
@@ -37,12 +38,14 @@ class Perplexity:
         tokens: number of predicted tokens.
         realised: share of projection weights skipped by the tokens that were sparse; 0 if dense.
         by_projection: that of each projection, by name; empty if dense.
+        extra_bytes: what such a token reads for corrections and rotations.
     """
 
     nats: float
     tokens: int
     realised: float
     by_projection: Mapping[str, float] = field(default_factory=dict)
+    extra_bytes: int = 0
 
     @property
     def perplexity(self) -> float:
@@ -88,7 +91,9 @@ def perplexity(
             advance(len(ids))
     if counter is None:
         return Perplexity(total / count, count, 0.0)
-    return Perplexity(total / count, count, counter.mean, counter.by_projection)
+    return Perplexity(
+        total / count, count, counter.mean, counter.by_projection, inspect(model).extra_bytes
+    )
 
 
 def strided_windows(stream: Tensor, window: int, stride: int) -> list[tuple[Tensor, int]]:
@@ -172,21 +177,24 @@ def compare(
     ]
     baseline = perplexity(model, windows, title="scoring dense", show_progress=show_progress)
     rows = [_row("dense", 0.0, baseline, baseline)]
+    measurements = Measurements(max((c.sparsity for c in configs), default=0.0))
     for config in configs:
         with rotated(model, config.rotation_spec, tokenizer, show_progress):
             sparsify(
-                model, config, tokenizer=tokenizer, keep_original=True, show_progress=show_progress
-            )
+                model, config, tokenizer=tokenizer, keep_original=True,
+                backend="reference" if METHODS[config.method].gate_mask else "auto",
+                measurements=measurements,
+                show_progress=show_progress,
+            )  # fmt: skip
             try:
                 title = f"scoring {config.method} at {config.sparsity:.0%}"
                 scored = perplexity(
                     model, windows, prefill, config.sink_tokens, title=title,
                     show_progress=show_progress,
                 )  # fmt: skip
-                extra = extra_bytes(model)
             finally:
                 restore(model)
-        rows.append(_row(config.method, config.sparsity, scored, baseline, extra))
+        rows.append(_row(config.method, config.sparsity, scored, baseline))
         if show_progress:
             Console(stderr=True).print(
                 f"{config.method} at {config.sparsity:.0%}: perplexity {scored.perplexity:.3f}, "
@@ -196,16 +204,14 @@ def compare(
     return rows
 
 
-def _row(
-    method: str, sparsity: float, scored: Perplexity, baseline: Perplexity, extra_bytes: int = 0
-) -> dict[str, Any]:
+def _row(method: str, sparsity: float, scored: Perplexity, baseline: Perplexity) -> dict[str, Any]:
     return {
         "method": method,
         "sparsity": sparsity,
         "realised_bytes_sparsity": scored.realised,
         "perplexity": scored.perplexity,
         "nats_over_dense": scored.nats - baseline.nats,
-        "extra_bytes": extra_bytes,
+        "extra_bytes": scored.extra_bytes,
         "tokens": scored.tokens,
     }
 
@@ -213,11 +219,19 @@ def _row(
 def print_comparison(title: str, rows: Sequence[dict[str, Any]], prefill: str) -> None:
     """A table for people, then the JSON line."""
     table = Table(title=f"{title}: perplexity, prefill {prefill}, {rows[0]['tokens']} tokens")
-    for column in ("method", "sparsity", "realised", "perplexity", "nats over dense"):
+    for column in (
+        "method",
+        "sparsity",
+        "realised",
+        "extra bytes",
+        "perplexity",
+        "nats over dense",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["method"], f"{row['sparsity']:.2f}", f"{row['realised_bytes_sparsity']:.4f}",
+            f"{row['extra_bytes']:,}",
             f"{row['perplexity']:.3f}", f"{row['nats_over_dense']:.4f}",
         )  # fmt: skip
     Console(width=100).print(table)

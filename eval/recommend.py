@@ -19,7 +19,7 @@ from wina.errors import ConfigError
 from wina.eval.costs import TokenCosts
 from wina.eval.frontier import LOADED
 from wina.eval.perplexity import perplexity
-from wina.inspection import extra_bytes
+from wina.inspection import inspect
 from wina.kernels.quantization import FORMATS
 from wina.methods import METHODS
 from wina.patch import restore
@@ -168,7 +168,7 @@ class Adviser:
         with rotated(self.model, config.rotation_spec, self.tokenizer, show_progress=False):
             self._patch(config)
             try:
-                return extra_bytes(self.model)
+                return inspect(self.model).extra_bytes
             finally:
                 restore(self.model)
 
@@ -203,7 +203,7 @@ class Adviser:
             try:
                 scored = perplexity(self.model, self.windows, show_progress=False)
                 realised = scored.by_projection if sparsity else {}
-                read = self.costs.at(realised, config.weight_dtype, extra_bytes(self.model))
+                read = self.costs.at(realised, config.weight_dtype, scored.extra_bytes)
             finally:
                 restore(self.model)
             advance()

@@ -12,11 +12,12 @@ from wina.testing import random_tokens, tiny_model, tiny_tokenizer
 from wina.texts import to_windows
 
 # Methods whose policy has more to do are covered by tests/allocation, those that want a rotated
-# model by tests/rotation.
+# model by tests/rotation, those that a gate masks by test_gate_mask.
 CHEAP_METHODS = [
     name
     for name, method in ((name, METHODS[name]) for name in METHODS)
-    if not method.dense and method.needs == Needs.NOTHING and method.rotation == "none"
+    if not (method.dense or method.gate_mask)
+    and (method.needs, method.rotation) == (Needs.NOTHING, "none")
 ]
 
 

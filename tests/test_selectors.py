@@ -7,7 +7,7 @@ from wina.criteria import CRITERIA
 from wina.kernels.reference import keep_mask
 from wina.registry import create
 from wina.scores import ChannelScores
-from wina.selectors import SELECTORS, Relative, Threshold, TopK
+from wina.selectors import SELECTORS, Relative, Statistical, Threshold, TopK
 from wina.statistics import ScoreHistogram
 
 
@@ -64,12 +64,24 @@ def test_relative_follows_the_size_of_a_token() -> None:
     assert not torch.equal(keep_mask(x, t), keep_mask(x * 100, t))
 
 
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.8])
+def test_statistical_keeps_what_lies_above_mean_and_spread(sparsity: float) -> None:
+    x, c = 5.0 + torch.randn(20, 4000), torch.rand(4000) * 0.01 + 1.0  # normal scores, positive
+    keep = keep_mask(x, 1 / c, Statistical().scale(x, 1 / c, sparsity))
+    scores = x.double() * c
+    quantile = torch.erfinv(torch.tensor(2 * sparsity - 1, dtype=torch.float64)) * 2**0.5
+    cut = scores.mean(-1, keepdim=True) + scores.std(-1, correction=0, keepdim=True) * quantile
+    assert (keep == (scores > cut)).double().mean() > 0.999
+    assert 1 - keep.double().mean() == pytest.approx(sparsity, abs=0.02)
+    assert keep_mask(x, 1 / c, Statistical().scale(x, 1 / c, 0.0)).all()
+
+
 def test_names() -> None:
-    assert set(SELECTORS) == {"threshold", "relative", "topk"}
+    assert set(SELECTORS) == {"threshold", "relative", "topk", "statistical"}
     assert isinstance(create(SELECTORS, "topk"), TopK)
 
 
-@pytest.mark.parametrize("selector", ["threshold", "relative", "topk"])
+@pytest.mark.parametrize("selector", list(SELECTORS))
 def test_levels_are_the_masks(selector: str) -> None:
     """Levels count the sparsities at which a channel is kept; sparsity 0 keeps all."""
     weight, x = torch.randn(24, 40), torch.randn(30, 40)
@@ -82,4 +94,6 @@ def test_levels_are_the_masks(selector: str) -> None:
         threshold = scores.threshold(scores.cutoff(histogram, sparsity))
         keep = scores.keep(x, threshold, sparsity)
         assert torch.equal(keep, levels > index)
+        if selector == "statistical":
+            continue  # these scores are not normally distributed
         assert float((~keep).float().mean()) == pytest.approx(sparsity, abs=0.02)

@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from wina.allocation import Measurements, Problem, Uniform, Unit
 from wina.config import SparsityConfig
 from wina.corrections import Products, Terms
-from wina.errors import CalibrationError, PatchStateError
+from wina.errors import CalibrationError, PatchStateError, UnsupportedModelError
 from wina.experts import ROLES, ExpertsCalibrator, FusedExperts
+from wina.learning import learn
 from wina.methods import METHODS
+from wina.mlp import recognise_gated_mlp
 from wina.plan import (
     ExpertsPlan,
     ProjectionPlan,
@@ -156,7 +158,7 @@ def calibrate(
     sparsities = problem.by_projection(allocation.allocate(problem))
     title = f"calibrating {config.method} at {config.sparsity:.0%}"
     found = run(_scores(model, units, config), sparsities, title, show_progress)
-    return SparsityPlan(
+    plan = SparsityPlan(
         config=config,
         model_type=model_type_of(model),
         calibration={
@@ -174,6 +176,10 @@ def calibrate(
             for projection in roles
         },
     )
+    correction = config.make_correction()
+    if not correction.learns or config.sparsity == 0.0:
+        return plan
+    return learn(model, plan, correction, windows, show_progress)
 
 
 def _tell_what_stays_dense(
@@ -276,6 +282,30 @@ class _Calibrator:
             assert isinstance(module, nn.Linear)
             name = projection.name
             self.layers[name] = _Layer(projection, module, scores[name], sparsities[name], config)
+        self.gates = self._gates(model) if METHODS[config.method].gate_mask else []
+
+    def _gates(self, model: nn.Module) -> list[tuple[nn.Module, _Layer]]:
+        """(activation module, its down projection) of every gated MLP.
+
+        The scores of down are those of the activation's output, and up drops the same channels,
+        as outputs.
+        """
+        found: list[tuple[nn.Module, _Layer]] = []
+        for name, module in model.named_modules():
+            gated = recognise_gated_mlp(module)
+            if gated is None or f"{name}.{gated.form.down}" not in self.layers:
+                continue
+            down = self.layers[f"{name}.{gated.form.down}"]
+            down.fed = True
+            up = self.layers[f"{name}.{gated.form.up}"]
+            up.sparsity, up.rows_of = 0.0, down
+            found.append((module.get_submodule(gated.form.activation), down))
+        if not found or len({id(activation) for activation, _ in found}) < len(found):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no gated MLPs with an activation module each: nothing "
+                "can be selected by a gate"
+            )
+        return found
 
     def plans(self) -> dict[str, ProjectionPlan]:
         """What was found for the projections, by name."""
@@ -302,7 +332,7 @@ class _Calibrator:
     def _forward(self, windows: Tensor, advance: Advance) -> None:
         def before(layer: _Layer) -> Any:
             def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                masked = layer.see(arguments[0])
+                masked = arguments[0] if layer.fed else layer.see(arguments[0])
                 layer.round_weight()
                 advance()
                 return (masked, *arguments[1:])
@@ -316,7 +346,10 @@ class _Calibrator:
 
             return hook
 
-        handles = []
+        def gate(layer: _Layer) -> Any:
+            return lambda _, __, activated: layer.see(activated)
+
+        handles = [module.register_forward_hook(gate(down)) for module, down in self.gates]
         for layer in self.layers.values():
             handles += [
                 layer.module.register_forward_pre_hook(before(layer)),
@@ -372,6 +405,8 @@ class _Layer:
         self.fit = self.correction.fit()
         self.terms: Terms | None = None
         self.left_out: Tensor | None = None
+        self.fed = False  # its scores come from the gate, not from its own input
+        self.rows_of: _Layer | None = None  # its outputs are dropped with that layer's inputs
 
     def round_weight(self) -> None:
         """Let the module compute with the weight that it will have, until :meth:`put_back`."""
@@ -455,11 +490,12 @@ class _Layer:
 
     def plan(self) -> ProjectionPlan:
         assert self.threshold is not None
-        total = self.histogram.total
+        seen = self.rows_of or self
+        total = seen.histogram.total
         return ProjectionPlan(
             projection=self.projection,
-            sparsity=self.sparsity,
-            realised=self.dropped / total if total else 0.0,
+            sparsity=seen.sparsity,
+            realised=seen.dropped / total if total else 0.0,
             cutoff=self.cutoff,
             threshold=self.threshold.cpu(),
             sample=weight_sample(self.module.weight),

@@ -86,7 +86,8 @@ def calibrate(
     method: Method = "wina",
     sparsity: Sparsity = 0.5,
     selector: Annotated[
-        str | None, typer.Option(help="threshold, relative or topk; default: the method's.")
+        str | None,
+        typer.Option(help="threshold, relative, topk or statistical; default: the method's."),
     ] = None,
     mask: Annotated[
         str, typer.Option(help="One mask per projection, or per group.")

@@ -31,7 +31,7 @@ class SparsityConfig:
         sparsity: share of input channels dropped on average, in [0, 1).
         criterion: overrides the method's, such as ``"norm-power:0.3"``.
         selector: overrides the method's: ``"threshold"`` (calibrated, what is deployed),
-            ``"relative"`` or ``"topk"``.
+            ``"relative"``, ``"topk"`` or ``"statistical"``.
         allocation: overrides the method's.
         correction: overrides the method's, such as ``"bias"``.
         mask: ``"projection"`` (each its own) or ``"group"`` (q, k, v share one, and gate, up).
@@ -93,6 +93,13 @@ class SparsityConfig:
                 f"correction {self.correction_spec!r} compares with the dense model: "
                 "statistics must be 'sequential'"
             )
+        if method.gate_mask and (self.allocation_spec, self.correction_spec) != ("gated", "none"):
+            raise ConfigError(
+                f"method {self.method!r} masks what the gate says: its allocation is 'gated' and "
+                "it takes no correction"
+            )
+        if method.gate_mask and self.mask != "projection":
+            raise ConfigError(f"method {self.method!r} has masks of its own: mask='projection'")
         self.make_selector()
         self.make_prefill()
 

@@ -34,7 +34,8 @@ from wina.sparse_experts import SparseExperts
 class InspectionRow:
     """One projection of a model.
 
-    ``weight_dtype`` and ``weight_bytes`` tell how the weight is kept in memory.
+    ``weight_dtype`` and ``weight_bytes`` tell how the weight is kept in memory, ``extra_bytes``
+    what a token reads for the correction on top of the channels that it keeps.
     ``realised`` is what calibration measured, ``fused`` the roles of the projections that share
     its launch while decoding, its own among them, empty where it has one for itself.
     """
@@ -49,6 +50,7 @@ class InspectionRow:
     fused: tuple[str, ...] = ()
     weight_dtype: str = ""
     weight_bytes: int = 0
+    extra_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Inspection:
         realised: share of projection weights a decoded token skips, on calibration text.
         rows: one for each projection, in order of execution.
         dense: modules of the blocks that stay dense, and why.
+        rotation_bytes: what a token reads for the model's rotations, see :func:`wina.rotate`.
     """
 
     model_type: str
@@ -70,6 +73,12 @@ class Inspection:
     realised: float
     rows: tuple[InspectionRow, ...]
     dense: tuple[DenseModule, ...] = ()
+    rotation_bytes: int = 0
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes that a sparse token reads for corrections and rotations."""
+        return sum(row.extra_bytes for row in self.rows) + self.rotation_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -97,10 +106,13 @@ class Inspection:
             )
         text = StringIO()
         Console(file=text, width=200, color_system=None).print(table)
+        weights = sum(row.weight_bytes for row in self.rows)
+        extra = f"; corrections, rotations: {self.extra_bytes / max(weights, 1):.2%} of the weights"
         return (
             f"{text.getvalue()}realised over the model: {self.realised:.3f} of projection weights "
             f"skipped by a decoded token (on calibration text); share of prefill tokens that are "
-            f"sparse: {self.prefill:g}{self._dense_text()}"
+            f"sparse: {self.prefill:g}{extra if self.extra_bytes and weights else ''}"
+            + self._dense_text()
         )
 
     def _dense_text(self) -> str:
@@ -127,8 +139,9 @@ def inspect(model: nn.Module) -> Inspection:
             for p in (*projections, *(p for _, ps in find_experts(model).values() for p in ps))
         )
         return Inspection(
-            model_type_of(model), "dense", 0.0, 0.0, rows, tuple(dense_modules(model))
-        )
+            model_type_of(model), "dense", 0.0, 0.0, rows, tuple(dense_modules(model)),
+            rotation_elements(model).bytes,
+        )  # fmt: skip
     patch = patch_of(model)
     rows = []  # type: ignore[assignment]
     sparse = {m.name: m for m in model.modules() if isinstance(m, SparseLinear)}
@@ -148,6 +161,7 @@ def inspect(model: nn.Module) -> Inspection:
                 _fused_with(name, layer.projection.role, sparse[name], mlps),
                 sparse[name].weight_dtype,
                 sparse[name].weight_bytes,
+                sparse[name].correction_bytes,
             )
         )
     experts = {m.name: m for m in model.modules() if isinstance(m, SparseExperts)}
@@ -165,6 +179,7 @@ def inspect(model: nn.Module) -> Inspection:
             for module in dense_modules(model)
             if not isinstance(model.get_submodule(module.name), SparseLinear | SparseExperts)
         ),
+        rotation_elements(model).bytes,
     )
 
 
@@ -191,18 +206,14 @@ def _experts_row(layer: ExpertsPlan, module: SparseExperts, role: str) -> Inspec
 def _fused_with(
     name: str, role: str, module: SparseLinear, mlps: Mapping[str, GatedForm]
 ) -> tuple[str, ...]:
+    if not module.one_launch:
+        return ()
     form = mlps.get(name.rpartition(".")[0])
     if form is not None and role in (form.gate, form.up):
         return (form.gate, form.up)
     if module.group is not None and module.group.fuses:
         return tuple(member.name.rpartition(".")[2] for member in module.group.members)
     return ()
-
-
-def extra_bytes(model: nn.Module) -> int:
-    """Bytes that a decoded token reads for corrections and rotations, beside the kept weights."""
-    corrections = sum(m.correction_bytes for m in model.modules() if isinstance(m, SparseLinear))
-    return corrections + rotation_elements(model).bytes
 
 
 class RealisedSparsity:
@@ -215,12 +226,19 @@ class RealisedSparsity:
         self._dropped = {p.name: torch.zeros((), dtype=torch.int64) for p in self._projections}
         # Numbers would be constants to torch.compile: each call would compile anew.
         self._seen = {p.name: torch.zeros((), dtype=torch.int64) for p in self._projections}
+        # A gate's mask drops rows of up as well: counted with the columns of down.
+        self._rows = {
+            f"{name}.{m.gated.form.down}": (f"{name}.{m.gated.form.up}",)
+            for name, m in model.named_modules()
+            if isinstance(m, SparseGatedMLP) and m.gate_mask
+        }
 
     def __call__(self, name: str, x: Tensor, threshold: Tensor, scale: Tensor | None) -> None:
         """Count one product's channels."""
         dropped = (~keep_mask(x.detach(), threshold, scale)).sum()
-        self._dropped[name] = self._dropped[name].to(dropped.device) + dropped
-        self._seen[name] = self._seen[name] + x.numel()
+        for reader in (name, *self._rows.get(name, ())):
+            self._dropped[reader] = self._dropped[reader].to(dropped.device) + dropped
+            self._seen[reader] = self._seen[reader] + x.numel()
 
     @property
     def by_projection(self) -> Mapping[str, float]:

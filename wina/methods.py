@@ -35,6 +35,8 @@ class Method:
         rotation: what :func:`wina.rotate` must have done to the model; its products, two
             [hidden, hidden] a layer, are read for every token unless its basis is shared.
         criteria: criterion by role, where a method treats projections differently.
+        gate_mask: whether |act(gate(x))| decides for a gated MLP: which rows of up and which
+            columns of down are read. No kernel skips rows; it can be evaluated only.
     """
 
     criterion: str
@@ -45,6 +47,7 @@ class Method:
     correction: str = "none"
     rotation: str = NO_ROTATION
     criteria: Mapping[str, str] = field(default_factory=dict)
+    gate_mask: bool = False
 
     def criterion_of(self, role: str) -> str:
         """The criterion of a projection, by the last part of its name."""
@@ -86,6 +89,24 @@ METHODS.register("larosa")(
         "|x| of hidden states in their principal components, top-k, arXiv 2507.01299",
         selector="topk",
         rotation="pca",
+    )
+)
+METHODS.register("cats")(
+    Method(
+        "magnitude",
+        "gated",
+        "|act(gate(x))| selects rows of up and columns of down, all else dense, arXiv 2404.08763",
+        gate_mask=True,
+    )
+)
+# 0.025 of a weight is the twentieth of its budget at 50 % that the paper's uniform recipe gives to
+# the rank (ρ = 0.95); here it comes on top of the channels, and is counted as extra bytes.
+METHODS.register("r-sparse")(
+    Method(
+        "l2-norm",
+        "uniform",
+        "|x|·‖W‖₂ and the weight's leading singular vectors for the rest, arXiv 2504.19449",
+        correction="weight-svd:share=0.025",
     )
 )
 METHODS.register("was")(

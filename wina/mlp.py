@@ -79,13 +79,18 @@ class SparseGatedMLP(nn.Module):
     """down(act(gate(x))·up(x)) with the three projections sparse.
 
     Its children have the names of the module it replaces, so state dicts do not change.
+
+    Attributes:
+        gate_mask: down's thresholds are those of |act(gate(x))|; a channel below them is a row of
+            up and a column of down that need not be read (CATS, arXiv 2404.08763).
     """
 
-    def __init__(self, original: nn.Module, gated: GatedMLP) -> None:
+    def __init__(self, original: nn.Module, gated: GatedMLP, gate_mask: bool = False) -> None:
         super().__init__()
         for name, child in original.named_children():
             self.add_module(name, child)
         self.gated = gated
+        self.gate_mask = gate_mask
         self.train(original.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,6 +100,11 @@ class SparseGatedMLP(nn.Module):
         assert gate is not None
         assert up is not None
         assert down is not None
+        if self.gate_mask and isinstance(up, SparseLinear) and isinstance(down, SparseLinear):
+            # Dense products, where what the gate leaves out is zero.
+            activated = ACTIVATIONS[self.gated.activation](gate(x))
+            chosen: Tensor = down.dense(down.chosen(activated) * up.dense(x))
+            return chosen
         if isinstance(gate, SparseLinear) and isinstance(up, SparseLinear) and _fuses(gate, up, x):
             h = gate.gate_up(up, x, self.gated.activation)
         else:  # an adapter may have been wrapped around them

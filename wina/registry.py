@@ -90,3 +90,17 @@ def create(registry: Registry[type[T]], spec: str) -> T:
         return factory(*positional, **{key: value for key, value in numbers.items() if key})
     except TypeError as error:
         raise ConfigError(f"{registry.kind} {spec!r}: {error}") from None
+
+
+def whole(name: str, value: float, least: int = 1) -> int:
+    """A parameter of a spec as an integer; anything else raises :class:`ConfigError`."""
+    if value != int(value) or value < least:
+        raise ConfigError(f"{name} is a whole number of at least {least}, not {value:g}")
+    return int(value)
+
+
+def share(name: str, value: float) -> float:
+    """A parameter of a spec in (0, 1]; anything else raises :class:`ConfigError`."""
+    if not 0.0 < value <= 1.0:
+        raise ConfigError(f"{name} is a share in (0, 1], not {value:g}")
+    return value

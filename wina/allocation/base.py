@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wina.allocation.curves import Curve
 from wina.allocation.measurements import Measurements
-from wina.errors import ConfigError
 from wina.needs import Needs
 from wina.projections import Projection
 from wina.registry import Registry
@@ -71,6 +71,17 @@ class Problem:
             return measure()
         return self.measurements.get({**self.about, **about}, measure)
 
+    def curves(self, measure: Callable[[], Sequence[Curve]], **about: Any) -> list[Curve]:
+        """Likewise for sensitivity curves."""
+        measured = self.measured(
+            lambda: [[curve.name, curve.weights, list(curve.points)] for curve in measure()],
+            **about,
+        )
+        return [
+            Curve(name, weights, [(sparsity, loss) for sparsity, loss in points])
+            for name, weights, points in measured
+        ]
+
     def by_projection(self, sparsities: Mapping[str, float]) -> dict[str, float]:
         """Sparsity of each projection, from that of each unit."""
         return {p.name: sparsities[unit.name] for unit in self.units for p in unit.projections}
@@ -105,17 +116,3 @@ class Allocation(ABC):
 
 
 ALLOCATIONS: Registry[type[Allocation]] = Registry("allocation")
-
-
-def whole(name: str, value: float, least: int = 1) -> int:
-    """A parameter of a spec as an integer; anything else raises :class:`ConfigError`."""
-    if value != int(value) or value < least:
-        raise ConfigError(f"{name} is a whole number of at least {least}, not {value:g}")
-    return int(value)
-
-
-def share(name: str, value: float) -> float:
-    """A parameter of a spec in (0, 1]; anything else raises :class:`ConfigError`."""
-    if not 0.0 < value <= 1.0:
-        raise ConfigError(f"{name} is a share in (0, 1], not {value:g}")
-    return value

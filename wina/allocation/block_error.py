@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from wina.allocation.base import ALLOCATIONS, Allocation, Problem, share, whole
+from wina.allocation.base import ALLOCATIONS, Allocation, Problem
 from wina.allocation.blocks import Block, visit_blocks
 from wina.allocation.curves import Curve, spend
 from wina.allocation.fisher import sparsity_grid
 from wina.needs import Needs
+from wina.registry import share, whole
 
 
 @ALLOCATIONS.register("block-error")
@@ -33,6 +34,13 @@ class BlockError(Allocation):
 
     def allocate(self, problem: Problem) -> Mapping[str, float]:
         """Measure every curve, then solve over all of them."""
+        curves = problem.curves(
+            lambda: self._curves(problem),
+            policy="block-error", step=self.step, most=self.most, tokens=self.tokens,
+        )  # fmt: skip
+        return spend(curves, problem.sparsity, self.most)
+
+    def _curves(self, problem: Problem) -> list[Curve]:
         curves: list[Curve] = []
         grid = sparsity_grid(self.step, self.most)
 
@@ -44,4 +52,4 @@ class BlockError(Allocation):
                 curves.append(Curve(unit.name, unit.weights, points))
 
         visit_blocks(problem, problem.tokens(self.tokens), visit, "output error of blocks")
-        return spend(curves, problem.sparsity, self.most)
+        return curves

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from wina.allocation.base import ALLOCATIONS, Allocation, Problem, share, whole
+from wina.allocation.base import ALLOCATIONS, Allocation, Problem
 from wina.allocation.blocks import Block, visit_blocks
 from wina.errors import ConfigError
 from wina.needs import Needs
+from wina.registry import share, whole
 
 # Where in a window the error is measured.
 _LAST = 0.25
@@ -40,7 +41,7 @@ class Greedy(Allocation):
     def allocate(self, problem: Problem) -> Mapping[str, float]:
         """Every block by itself, with the budget of the model."""
         paths = problem.measured(
-            lambda: self._paths(problem), steps="greedy", step=self.step, tokens=self.tokens,
+            lambda: self._paths(problem), policy="greedy", step=self.step, tokens=self.tokens,
             most=self.most, reach=problem.reach,
         )  # fmt: skip
         weights = {unit.name: unit.weights for unit in problem.units}

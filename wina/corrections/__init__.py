@@ -4,7 +4,31 @@ A correction is small next to the weights, read for every token, and counted: :c
 one: a file beside this one, ``@CORRECTIONS.register("name")``, and its import below.
 """
 
-from wina.corrections.base import CORRECTIONS, Correction, Fit, Products, Terms, Uncorrected
+from wina.corrections.base import (
+    CORRECTIONS,
+    Correction,
+    Fit,
+    Lesson,
+    Products,
+    Terms,
+    Uncorrected,
+)
 from wina.corrections.bias import Bias
+from wina.corrections.learned import Learned
+from wina.corrections.low_rank import LowRank, WeightSVD
+from wina.corrections.sparse_fit import SparseFit
 
-__all__ = ["CORRECTIONS", "Bias", "Correction", "Fit", "Products", "Terms", "Uncorrected"]
+__all__ = [
+    "CORRECTIONS",
+    "Bias",
+    "Correction",
+    "Fit",
+    "Learned",
+    "Lesson",
+    "LowRank",
+    "Products",
+    "SparseFit",
+    "Terms",
+    "Uncorrected",
+    "WeightSVD",
+]
