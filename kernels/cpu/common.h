@@ -122,11 +122,41 @@ Activation parse_activation(c10::string_view name) {
               "\"; known: silu, gelu, gelu_tanh, relu, relu2");
 }
 
+// exp by lanes, to about one unit in the last place: 2^n times a polynomial on [-ln2/2, ln2/2]
+// (Taylor's, degree 7). Beyond float32 its results are the nearest that it can say; NaN is not kept.
+inline Floats exp(Floats x) {
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  x = x > 88.0f ? Floats{} + 88.0f : x;
+  constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
+  const Floats n = (x * 1.44269504f + round) - round;
+  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Floats p = Floats{} + 1.0f / 5040.0f;
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Floats biased = n + 127.0f;
+  const Integers bits = __builtin_convertvector(biased, Integers) << 23;
+  Floats power;
+  std::memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+inline void silu(float* v, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats x = load(v + i);
+    store(v + i, x / (1.0f + exp(-x)));
+  }
+  for (; i < n; ++i) v[i] = v[i] / (1.0f + std::exp(-v[i]));
+}
+
 void activate(Activation activation, float* v, int64_t n) {
   switch (activation) {
-    case Activation::silu:
-      for (int64_t i = 0; i < n; ++i) v[i] = v[i] / (1.0f + std::exp(-v[i]));
-      return;
+    case Activation::silu: return silu(v, n);
     case Activation::gelu:
       for (int64_t i = 0; i < n; ++i)
         v[i] = 0.5f * v[i] * (1.0f + std::erf(v[i] * 0.70710678118654752f));

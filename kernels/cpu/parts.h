@@ -59,7 +59,10 @@ void compute(std::vector<Product<Weight>>& products, int tokens) {
   int64_t floats = 0, total = 0;
   for (const auto& p : products) floats += kParts * tokens * p.stride();
   float* memory = scratch(floats);
-  const auto cost = [](const auto& p) { return std::max<int64_t>(1, p.rows->count) * Weight::kUnitBytes; };
+  // Bytes of a unit in one part.
+  const auto cost = [](const auto& p) {
+    return std::max<int64_t>(1, p.rows->count / kParts) * Weight::kUnitBytes;
+  };
   for (auto& p : products) {
     p.sums = memory;
     memory += kParts * tokens * p.stride();

@@ -93,7 +93,6 @@ struct IntegerWeight {
   void accumulate(const KeptRows& rows, const Part& part, int tokens, int64_t first, int64_t groups,
                   float* sums, int64_t stride) const {
     for (int t = 0; t < tokens; ++t) std::fill_n(sums + t * stride, groups * kColumns, 0.0f);
-    const bool prefetch = groups * Format::kBytes < kShortBytes;
     const auto add_rows = [&](int64_t at, int64_t step, int used) {
       int64_t place[kGroup];
       const int8_t *from[kGroup], *next[kGroup];
@@ -112,9 +111,8 @@ struct IntegerWeight {
             std::min(Format::kBytes, row_bytes - (first + g) * Format::kBytes);
         float scale_of[kGroup];
         for (int r = 0; r < kGroup; ++r) {
-          if (prefetch)
-            for (int64_t b = 0; b < bytes; b += kLine)
-              __builtin_prefetch(next[r] + g * Format::kBytes + b, 0, 3);
+          for (int64_t b = 0; b < bytes; b += kLine)
+            __builtin_prefetch(next[r] + g * Format::kBytes + b, 0, 3);
           scale_of[r] = r < used ? static_cast<float>(scale[r][g]) : 0.0f;
         }
         for (int t0 = 0; t0 < tokens; t0 += kTokens) {
