@@ -80,7 +80,8 @@ class Grid:
                 "weights in the dtype of the hidden states."
             )
         for name in self.operators:
-            if any(self.weight_dtypes) and OPERATORS[name].integers is None:
+            operator = OPERATORS[name]
+            if any(self.weight_dtypes) and operator.integers is None:
                 timed = ", ".join(n for n in OPERATORS if OPERATORS[n].integers is not None)
                 raise ConfigError(f"{name} is not timed with integer weights; these are: {timed}.")
 
