@@ -40,9 +40,14 @@ def kernels_command(
         str, typer.Option(help="Projections of named models, by commas: llama-3-8b,…")
     ] = "",
     operators: Annotated[
-        str, typer.Option(help="sparse_linear, sparse_gate_up.")
+        str, typer.Option(help="sparse_linear, sparse_gate_up, dense_linear_rows (lm_head).")
     ] = "sparse_linear",
-    dtypes: Annotated[str, typer.Option(help="By commas.")] = "float32,bfloat16",
+    dtypes: Annotated[
+        str, typer.Option(help="Of hidden states and weights, by commas.")
+    ] = "float32,bfloat16",
+    weight_dtype: Annotated[
+        str, typer.Option(help="Weights as integers instead: int8, int4, by commas.")
+    ] = "",
     sparsities: Annotated[str, typer.Option(help="By commas.")] = "0,0.5,0.65",
     tokens: Annotated[str, typer.Option(help="Decoded at once, by commas: 1,2,4,8,16.")] = "1",
     backend: Annotated[
@@ -66,13 +71,15 @@ def kernels_command(
     pairs += [pair for name in names(model_shape) for pair in shapes_of(name)]
     grid = Grid(
         tuple(dict.fromkeys(pairs)) or (QUICK_SHAPES if quick else PROJECTION_SHAPES),
-        names(operators), names(backend), names(dtypes), numbers(sparsities),
-        integers(tokens), device,
+        names(operators), names(backend), names(dtypes), names(weight_dtype) or ("",),
+        numbers(sparsities), integers(tokens), device,
     )  # fmt: skip
     effort = _effort(quick, rounds)
     neighbours = Neighbours()
     rows, refusals = bench_kernels(grid, effort)
-    warnings = noise_warnings(rows, ("operator", "backend", "shape", "dtype", "sparsity"))
+    warnings = noise_warnings(
+        rows, ("operator", "backend", "shape", "dtype", "weight_dtype", "sparsity")
+    )
     warnings += neighbours.warnings()
     run = _document(
         "kernels",

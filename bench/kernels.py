@@ -16,9 +16,11 @@ from wina.bench.devices import plain_read
 from wina.bench.operators import (
     DTYPES,
     OPERATORS,
+    ColdIntegers,
     ColdWeights,
     Operator,
     gate,
+    gate_integers,
     inputs_for,
     kept_channels,
     threshold_for,
@@ -37,6 +39,7 @@ from wina.bench.timing import (
 )
 from wina.errors import ConfigError
 from wina.kernels.dispatch import Backend, LayerSpec, backends, choose
+from wina.kernels.quantization import FORMATS, scales_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Grid:
         operators: names of :data:`wina.bench.operators.OPERATORS`.
         backends: names; ``("auto",)`` is the one a model would get, ``("all",)`` every one that
             accepts.
-        dtypes: names of :data:`wina.bench.operators.DTYPES`.
+        dtypes: of hidden states and results, names of :data:`wina.bench.operators.DTYPES`.
+        weight_dtypes: ``""`` for weights in the same dtype, ``"int8"``, ``"int4"``.
         sparsities: shares of channels dropped; 0 is added, as the kernel's own dense time.
         tokens: decoded at once.
         device: ``"cpu"`` or ``"cuda"``.
@@ -58,6 +62,7 @@ class Grid:
     operators: Sequence[str] = ("sparse_linear",)
     backends: Sequence[str] = ("auto",)
     dtypes: Sequence[str] = ("float32", "bfloat16")
+    weight_dtypes: Sequence[str] = ("",)
     sparsities: Sequence[float] = (0.0, 0.5, 0.65)
     tokens: Sequence[int] = (1,)
     device: str = "cpu"
@@ -68,8 +73,17 @@ class Grid:
             raise ConfigError(f"unknown dtype {unknown[0]!r}. Known: {', '.join(DTYPES)}.")
         if any(t < 1 for t in self.tokens):
             raise ConfigError("tokens are counted from 1")
+        unknown = [name for name in self.weight_dtypes if name and name not in FORMATS]
+        if unknown:
+            raise ConfigError(
+                f"unknown weight dtype {unknown[0]!r}. Known: {', '.join(FORMATS)}, or none for "
+                "weights in the dtype of the hidden states."
+            )
         for name in self.operators:
-            OPERATORS[name]
+            operator = OPERATORS[name]
+            if any(self.weight_dtypes) and operator.integers is None:
+                timed = ", ".join(n for n in OPERATORS if OPERATORS[n].integers is not None)
+                raise ConfigError(f"{name} is not timed with integer weights; these are: {timed}.")
 
 
 def bench_kernels(
@@ -84,11 +98,12 @@ def bench_kernels(
     to the next differs between passes too, and a row whose passes disagree makes no claim.
 
     Returns:
-        (rows, refusals). Rows of {operator, backend, device, shape [N, K], dtype, tokens,
-        sparsity, kept, threads, time_us, own_dense_us, torch_dense_us, read_us, bandwidth_gb_s,
-        bandwidth_share, speedup_vs_own_dense, speedup_vs_torch, speedup_vs_best_dense,
-        byte_ideal, low, high, uncertainty, rounds, verdict, spread, break_even_sparsity,
-        break_even_tokens}; refusals of {backend, shape, dtype, reason}.
+        (rows, refusals). Rows of {operator, backend, device, shape [N, K], dtype, weight_dtype,
+        tokens, sparsity, kept, threads, time_us, own_dense_us, torch_dense_us, read_us,
+        bandwidth_gb_s, bandwidth_share, speedup_vs_own_dense, speedup_vs_torch,
+        speedup_vs_best_dense, byte_ideal, low, high, uncertainty, rounds, verdict, spread,
+        break_even_sparsity, break_even_tokens}, weight_dtype None where weights have the dtype of
+        the hidden states; refusals of {backend, shape, dtype, reason}.
 
     Raises:
         WinaError: a backend is wrong; nothing is timed then.
@@ -123,7 +138,10 @@ def _points(grid: Grid, device: torch.device) -> tuple[list[_Point], list[dict[s
                 for name, reason in refused.items()
             ]
             points += [
-                _Point(OPERATORS[name], accepted, shape, dtype, tokens, device, grid.sparsities)
+                _Point(
+                    OPERATORS[name], accepted, shape, dtype, width, tokens, device, grid.sparsities
+                )
+                for width in grid.weight_dtypes
                 for name in grid.operators
                 for tokens in grid.tokens
             ]
@@ -156,17 +174,23 @@ def measure_points(
     """
     points, _ = _points(grid, torch.device(grid.device))
     weights: ColdWeights | None = None
+    integers: ColdIntegers | None = None
     key: tuple[Any, ...] = ()
     found = []
     for point in (points[index] for index in chosen):
         if weights is None or key != point.weights_key:
-            weights = None  # frees the old ones first
+            weights = integers = None  # frees the old ones first
             key = point.weights_key
             weights = ColdWeights(
                 point.shape, point.operator.matrices, DTYPES[point.dtype], point.device,
                 effort.cold_bytes,
             )  # fmt: skip
-        found.append(point.measure(weights, number, effort, show_progress))
+            if point.weight_dtype:
+                integers = ColdIntegers(
+                    point.shape, point.weight_dtype, point.operator.row_major, point.device,
+                    effort.cold_bytes,
+                )  # fmt: skip
+        found.append(point.measure(weights, integers, number, effort, show_progress))
     return found
 
 
@@ -189,41 +213,56 @@ class _Point:
 
     def __init__(
         self, operator: Operator, backends: Sequence[Backend], shape: tuple[int, int], dtype: str,
-        tokens: int, device: torch.device, sparsities: Sequence[float],
+        weight_dtype: str, tokens: int, device: torch.device, sparsities: Sequence[float],
     ) -> None:  # fmt: skip
         self.operator, self.backends, self.shape, self.dtype = operator, backends, shape, dtype
-        self.tokens, self.device = tokens, device
+        self.weight_dtype, self.tokens, self.device = weight_dtype, tokens, device
         self.x = inputs_for(shape, tokens, DTYPES[dtype], device)
-        self.thresholds = {s: threshold_for(self.x, s) for s in dict.fromkeys((0.0, *sparsities))}
+        self.thresholds = {s: threshold_for(self.x, s) for s in operator.sparsities(sparsities)}
         self.times: dict[str, Timing] = {}
 
     @property
     def weights_key(self) -> tuple[Any, ...]:
         """Points with the same key can share weights."""
-        return (self.shape, self.operator.matrices, self.dtype)
+        row_major = self.operator.row_major if self.weight_dtype else None
+        return (self.shape, self.operator.matrices, self.dtype, self.weight_dtype, row_major)
 
     def measure(
-        self, weights: ColdWeights, number: int, effort: Effort, show_progress: bool
-    ) -> dict[str, Timing]:
-        """The rounds of pass ``number``; the first begins with the comparison with float64."""
-        first = weights.buffers[0]
+        self, weights: ColdWeights, integers: ColdIntegers | None, number: int, effort: Effort,
+        show_progress: bool,
+    ) -> dict[str, Timing]:  # fmt: skip
+        """The rounds of pass ``number``; the first begins with the comparison with float64.
+
+        Dense torch has the weight in the dtype of the hidden states, whatever the width is.
+        """
         with torch.no_grad():
             contenders = {
-                "read": _timed(plain_read, weights, effort),
+                "read": _timed(plain_read, integers or weights, effort),
                 "torch": _timed(lambda b: self.operator.dense(self.x, list(b)), weights, effort),
             }
             for backend in self.backends:
                 for s, threshold in self.thresholds.items():
                     if number == 0:
-                        matrices = weights.k_major(first, backend)
-                        gate(self.operator, backend, self.x, matrices, threshold)
-                    call = self._call(backend, threshold, weights)
-                    contenders[f"{backend.name} {s}"] = _timed(call, weights, effort)
+                        self._gate(backend, threshold, weights, integers)
+                    call = self._call(backend, threshold, weights, integers)
+                    contenders[f"{backend.name} {s}"] = _timed(call, integers or weights, effort)
             N, K = self.shape
-            title = f"{self.operator.name} {self.dtype} {N}×{K}, {self.tokens} tokens"
+            width = f" × {self.weight_dtype}" if self.weight_dtype else ""
+            title = f"{self.operator.name} {self.dtype}{width} {N}×{K}, {self.tokens} tokens"
             if number:
                 title += f", pass {number + 1}"
             return interleave(contenders, -(-effort.rounds // effort.passes), title, show_progress)
+
+    def _gate(
+        self, backend: Backend, threshold: Tensor, weights: ColdWeights,
+        integers: ColdIntegers | None,
+    ) -> None:  # fmt: skip
+        if integers is not None:
+            weight = integers.weight(integers.buffers[0])
+            gate_integers(self.operator, backend, self.x, weight, threshold)
+        else:
+            matrices = weights.matrices(weights.buffers[0], self.operator, backend)
+            gate(self.operator, backend, self.x, matrices, threshold)
 
     def add(self, times: Mapping[str, Timing]) -> None:
         """Take the rounds of one more pass."""
@@ -232,10 +271,14 @@ class _Point:
             self.times[name] = Timing(before + timing.seconds)
 
     def _call(
-        self, backend: Backend, threshold: Tensor, weights: ColdWeights
-    ) -> Callable[[Tensor], Tensor]:
+        self, backend: Backend, threshold: Tensor, weights: ColdWeights,
+        integers: ColdIntegers | None,
+    ) -> Callable[[Tensor], Tensor]:  # fmt: skip
+        call = self.operator.integers
+        if integers is not None and call is not None:
+            return lambda buffer: call(backend, self.x, integers.weight(buffer), threshold)
         return lambda buffer: self.operator.sparse(
-            backend, self.x, weights.k_major(buffer, backend), threshold
+            backend, self.x, weights.matrices(buffer, self.operator, backend), threshold
         )
 
     def _against_torch(self, backend: Backend, sparsity: float) -> Comparison:
@@ -254,13 +297,21 @@ class _Point:
         """One row for every backend and sparsity."""
         return [
             self._row(backend, s, effort) for backend in self.backends
-            for s in dict.fromkeys(sparsities)
+            for s in dict.fromkeys(sparsities) if s in self.thresholds
         ]  # fmt: skip
+
+    def _size(self) -> int:
+        """Bytes that a dense product reads: integers and their scales, or floats."""
+        N, K = self.shape
+        if not self.weight_dtype:
+            return N * K * DTYPES[self.dtype].itemsize * self.operator.matrices
+        rows, columns = (N, K) if self.operator.row_major else (K, N)
+        return rows * (FORMATS[self.weight_dtype].row_bytes(columns) + 2 * scales_of(columns))
 
     def _row(self, backend: Backend, sparsity: float, effort: Effort) -> dict[str, Any]:
         N, K = self.shape
         kept = kept_channels(self.x, self.thresholds[sparsity])
-        size = N * K * DTYPES[self.dtype].itemsize * self.operator.matrices
+        size = self._size()
         own = self.times[f"{backend.name} {sparsity}"]
         own_dense = self.times[f"{backend.name} 0.0"]
         dense, read = self.times["torch"], self.times["read"]
@@ -272,6 +323,7 @@ class _Point:
             "device": self.device.type,
             "shape": [N, K],
             "dtype": self.dtype,
+            "weight_dtype": self.weight_dtype or None,
             "tokens": self.tokens,
             "sparsity": sparsity,
             "kept": kept,
@@ -292,7 +344,7 @@ class _Point:
 
 
 def _timed(
-    function: Callable[[Tensor], Tensor], weights: ColdWeights, effort: Effort
+    function: Callable[[Tensor], Tensor], weights: ColdWeights | ColdIntegers, effort: Effort
 ) -> Callable[[], float | None]:
     count = len(weights.buffers)
     if weights.buffers.is_cuda:
@@ -301,7 +353,7 @@ def _timed(
 
 
 def _on_cpu(
-    function: Callable[[Tensor], Tensor], weights: ColdWeights, calls: int
+    function: Callable[[Tensor], Tensor], weights: ColdWeights | ColdIntegers, calls: int
 ) -> Callable[[], float]:
     def run() -> float:
         start = time.perf_counter()
@@ -313,7 +365,7 @@ def _on_cpu(
 
 
 def _on_gpu(
-    function: Callable[[Tensor], Tensor], weights: ColdWeights, calls: int
+    function: Callable[[Tensor], Tensor], weights: ColdWeights | ColdIntegers, calls: int
 ) -> Callable[[], float]:
     """Seconds of a call inside a CUDA graph over all buffers: a model would not pay launches."""
     stream = torch.cuda.Stream()
@@ -357,7 +409,7 @@ def break_even(points: Sequence[tuple[float, float]]) -> float | None:
 
 def _add_break_even(rows: Sequence[dict[str, Any]]) -> None:
     """Where sparse stops paying: over the sparsities of a row's kind, and over the tokens."""
-    kind = ("operator", "backend", "shape", "dtype")
+    kind = ("operator", "backend", "shape", "dtype", "weight_dtype")
     for row in rows:
         same = [r for r in rows if all(r[field] == row[field] for field in kind)]
         row["break_even_sparsity"] = break_even(

@@ -12,6 +12,7 @@ from torch import Tensor
 from wina.errors import ConfigError, WinaError
 from wina.kernels import reference
 from wina.kernels.dispatch import Backend
+from wina.kernels.quantization import GROUP, LINE, QuantizedWeight, quantize
 from wina.registry import Registry
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,6 +31,8 @@ class Operator:
         dense: (x, N-major weights) → y in plain torch: what must be beaten.
         sparse: (backend, x, K-major weights [K, N], threshold) → y.
         expected: (x, K-major weights, threshold) → (y, bound of the sum's rounding), float64.
+        integers: as ``sparse`` for the one weight as integers; None where that is not timed.
+        row_major: weights are [N, K] in the three above, and no channel is dropped.
     """
 
     name: str
@@ -37,6 +40,12 @@ class Operator:
     dense: Callable[[Tensor, Sequence[Tensor]], Tensor]
     sparse: Callable[[Backend, Tensor, Sequence[Tensor], Tensor], Tensor]
     expected: Callable[[Tensor, Sequence[Tensor], Tensor], tuple[Tensor, Tensor]]
+    integers: Callable[[Backend, Tensor, QuantizedWeight, Tensor], Tensor] | None = None
+    row_major: bool = False
+
+    def sparsities(self, wanted: Sequence[float]) -> list[float]:
+        """Those to time: 0, which is the kernel's own dense time, and the wanted ones it has."""
+        return [0.0] if self.row_major else list(dict.fromkeys((0.0, *wanted)))
 
 
 OPERATORS: Registry[Operator] = Registry("operator")
@@ -68,6 +77,14 @@ def _expected_gate_up(
     return a * u, _SLOPE * g_error * u.abs() + (a.abs() + g_error) * u_error + eps * (a * u).abs()
 
 
+def _integer_linear(backend: Backend, x: Tensor, w: QuantizedWeight, threshold: Tensor) -> Tensor:
+    return backend.sparse_linear_quantized(x, w.packed, w.scales, w.columns, w.bits, threshold)
+
+
+def _integer_rows(backend: Backend, x: Tensor, w: QuantizedWeight, _: Tensor) -> Tensor:
+    return backend.dense_linear_rows_quantized(x, w.packed, w.scales, w.columns, w.bits)
+
+
 OPERATORS.register("sparse_linear")(
     Operator(
         "sparse_linear",
@@ -75,6 +92,18 @@ OPERATORS.register("sparse_linear")(
         lambda x, w: F.linear(x, w[0]),
         lambda backend, x, w, t: backend.sparse_linear(x, w[0], t),
         _expected_linear,
+        _integer_linear,
+    )
+)
+OPERATORS.register("dense_linear_rows")(
+    Operator(
+        "dense_linear_rows",
+        1,
+        lambda x, w: F.linear(x, w[0]),
+        lambda backend, x, w, _: backend.dense_linear_rows(x, w[0]),
+        lambda x, w, t: _expected_linear(x, [w[0].t()], t),
+        _integer_rows,
+        row_major=True,
     )
 )
 OPERATORS.register("sparse_gate_up")(
@@ -102,10 +131,8 @@ class ColdWeights:
     ) -> None:  # fmt: skip
         self.shape = shape
         self.bytes = shape[0] * shape[1] * dtype.itemsize * matrices
-        count = max(2, -(-cold_bytes // self.bytes))
-        generator = torch.Generator().manual_seed(shape[0] * 31 + shape[1])
-        first = torch.randn(matrices, *shape, generator=generator) * 0.02
-        self.buffers = first.to(device, dtype).expand(count, -1, -1, -1).contiguous()
+        first = _random_weights(shape, matrices).to(device, dtype)
+        self.buffers = _copies(first, self.bytes, cold_bytes)
         self._next = 0
 
     def take(self) -> Tensor:
@@ -114,12 +141,69 @@ class ColdWeights:
         self._next = (self._next + 1) % len(self.buffers)
         return buffer
 
+    def matrices(self, buffer: Tensor, operator: Operator, backend: Backend) -> list[Tensor]:
+        """Weights as a backend's operator reads them: [K, N], or [N, K] where row-major."""
+        return list(buffer) if operator.row_major else self.k_major(buffer, backend)
+
     def k_major(self, buffer: Tensor, backend: Backend) -> list[Tensor]:
         """Weights [K, N] as a backend reads them."""
         N, K = self.shape
         if backend.k_major:
             return [matrix.view(K, N) for matrix in buffer]
         return [matrix.t() for matrix in buffer]
+
+
+class ColdIntegers:
+    """The same for one weight in 8 or 4 bits; a buffer has the integers, then their scales.
+
+    Attributes:
+        bytes: of a buffer, all of which a dense product reads.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], weight_dtype: str, row_major: bool, device: torch.device,
+        cold_bytes: int,
+    ) -> None:  # fmt: skip
+        N, K = shape
+        weight = _random_weights(shape, 1)[0].to(device)
+        self._like = quantize(weight if row_major else weight.view(K, N), weight_dtype)
+        parts = [t.view(torch.uint8).flatten() for t in (self._like.packed, self._like.scales)]
+        self._packed_bytes = parts[0].numel()
+        self._used = self._packed_bytes + parts[1].numel()
+        # Every copy's integers begin on a cache line.
+        first = F.pad(torch.cat(parts), (0, -self._used % LINE))
+        self.bytes = self._like.bytes
+        self.buffers = _copies(first, self.bytes, cold_bytes)
+        self._next = 0
+
+    def take(self) -> Tensor:
+        """The next buffer [bytes], the one that has been cold for longest."""
+        buffer = self.buffers[self._next]
+        self._next = (self._next + 1) % len(self.buffers)
+        return buffer
+
+    def weight(self, buffer: Tensor) -> QuantizedWeight:
+        """A buffer's weight: [K, N], or [N, K] where row-major."""
+        packed, scales = buffer[: self._packed_bytes], buffer[self._packed_bytes : self._used]
+        like = self._like
+        return QuantizedWeight(
+            packed.view(torch.int8).view(like.packed.shape),
+            scales.view(torch.bfloat16).view(like.scales.shape),
+            like.columns,
+            like.bits,
+        )
+
+
+def _random_weights(shape: tuple[int, int], matrices: int) -> Tensor:
+    """[matrices, N, K] float32 of a trained model's size."""
+    generator = torch.Generator().manual_seed(shape[0] * 31 + shape[1])
+    return torch.randn(matrices, *shape, generator=generator) * 0.02
+
+
+def _copies(first: Tensor, size: int, cold_bytes: int) -> Tensor:
+    """[copies, *]: two at least, together as large as no cache is."""
+    count = max(2, -(-cold_bytes // size))
+    return first.expand(count, *first.shape).contiguous()
 
 
 def inputs_for(
@@ -162,12 +246,33 @@ def gate(
     """
     got = operator.sparse(backend, x, weights, threshold).double()
     want, bound = operator.expected(x, weights, threshold)
+    _compare(operator, backend, x, weights[0], threshold, got, want, bound)
+
+
+def gate_integers(
+    operator: Operator, backend: Backend, x: Tensor, weight: QuantizedWeight, threshold: Tensor
+) -> None:
+    """The same for a weight of integers; sums are exact to the largest that a group can hold."""
+    assert operator.integers is not None
+    got = operator.integers(backend, x, weight, threshold).double()
+    meant = weight.dequantize()
+    largest = weight.scales.float().abs() * 2 ** (weight.bits - 1)
+    held = largest.repeat_interleave(GROUP, dim=1)[:, : weight.columns]
+    want = operator.expected(x, [meant], threshold)[0]
+    bound = operator.expected(x, [held], threshold)[1]
+    _compare(operator, backend, x, meant, threshold, got, want, bound)
+
+
+def _compare(
+    operator: Operator, backend: Backend, x: Tensor, weight: Tensor, threshold: Tensor,
+    got: Tensor, want: Tensor, bound: Tensor,
+) -> None:  # fmt: skip
     bound = bound + torch.finfo(x.dtype).eps * want.abs() + 1e-7
     excess = float(((got - want).abs() - bound).max())
     if not excess <= 0:
         dropped = float((threshold > 0).double().mean())
         raise WinaError(
             f"{operator.name} of backend {backend.name} exceeds its error bound by {excess:.3g} "
-            f"at {tuple(weights[0].shape)}, {x.dtype}, {x.shape[0]} tokens, {dropped:.0%} of "
+            f"at {tuple(weight.shape)}, {x.dtype}, {x.shape[0]} tokens, {dropped:.0%} of "
             "thresholds set: not timing it"
         )

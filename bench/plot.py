@@ -100,7 +100,7 @@ def _draw_kernels(runs: Sequence[Mapping[str, Any]]) -> Any:
     from matplotlib import pyplot as plt
 
     figure, (speed, width) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    fields = ("operator", "backend", "dtype", "shape", "tokens")
+    fields = ("operator", "backend", "dtype", "weight_dtype", "shape", "tokens")
     series = dict(list(_series(runs, fields).items())[:MOST_SERIES])
     for (label, rows), marker in zip(series.items(), _cycle(_MARKERS), strict=False):
         x = [100 * row["sparsity"] for row in rows]
@@ -180,10 +180,10 @@ def _series(
 ) -> dict[str, list[Mapping[str, Any]]]:
     """Label → rows in order of sparsity; labels name only fields that differ."""
     tagged = [(run, row) for run in runs for row in run["rows"] if wanted(row)]
-    differing = [f for f in fields if len({str(row[f]) for _, row in tagged}) > 1]
+    differing = [f for f in fields if len({str(row.get(f)) for _, row in tagged}) > 1]
     found: dict[str, list[Mapping[str, Any]]] = {}
     for run, row in tagged:
-        words = [_word(field, row[field]) for field in differing or fields[:2]]
+        words = [_word(field, row.get(field)) for field in differing or fields[:2]]
         if len(runs) > 1:
             words.insert(0, f"{run['title']} {run['machine'].get('commit') or ''}".strip())
         found.setdefault(" ".join(words), []).append(row)

@@ -42,7 +42,17 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "kernels": Kind(
-        ("operator", "backend", "device", "shape", "dtype", "tokens", "sparsity", "threads"),
+        (
+            "operator",
+            "backend",
+            "device",
+            "shape",
+            "dtype",
+            "weight_dtype",
+            "tokens",
+            "sparsity",
+            "threads",
+        ),
         "time_us",
         "speedup_vs_torch",
     ),

@@ -16,7 +16,7 @@ from wina.bench.timing import NOISE_LIMIT, STEADY, TOO_FEW, TOO_NOISY
 
 # Short forms for tables; a steady ratio needs no word.
 VERDICTS = {STEADY: "", TOO_NOISY: "noisy", TOO_FEW: "few"}
-SHARED = ("operator", "backend", "dtype", "tokens", "engine", "batch", "context")
+SHARED = ("operator", "backend", "dtype", "weights", "tokens", "engine", "batch", "context")
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 WIDTH = 160
 
@@ -46,6 +46,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("operator", lambda row: str(row["operator"]).removeprefix("sparse_")),
         ("backend", _text("backend")),
         ("dtype", _text("dtype")),
+        ("weights", lambda row: str(row.get("weight_dtype") or row["dtype"])),
         ("[N, K]", lambda row: "×".join(map(str, row["shape"]))),
         ("tokens", _text("tokens")),
         ("sparsity", _number("sparsity", ".2f")),

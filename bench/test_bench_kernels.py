@@ -80,11 +80,11 @@ def test_sparse(
     benchmark.group = f"{operator} {shape[0]}x{shape[1]} {dtype}"
     with torch.no_grad():
         # No speed-up on a red gate.
-        gate(op, chosen, x, weights.k_major(weights.buffers[0], chosen), threshold)
+        gate(op, chosen, x, weights.matrices(weights.buffers[0], op, chosen), threshold)
         kept = kept_channels(x, threshold) / shape[1]
         _measure(
             benchmark,
-            lambda: op.sparse(chosen, x, weights.k_major(weights.take(), chosen), threshold),
+            lambda: op.sparse(chosen, x, weights.matrices(weights.take(), op, chosen), threshold),
             kept * weights.bytes, effort,
         )  # fmt: skip
 

@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <optional>
 #include <string>
 #include <vector>
@@ -33,12 +34,9 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // Tuning constants, measured on two Zen 3 cores (DDR4, about 30 GB/s).
-constexpr int kGroup = 8;  // kept rows read side by side: streams for the prefetcher
-constexpr int64_t kTile = 4096;  // float32 accumulators of one tile: 16 KiB of L1
-constexpr int64_t kShortBytes = 4096;  // a slice shorter than this is prefetched as a whole,
-constexpr int64_t kHeadBytes = 512;  // of a longer one only the beginning
-constexpr int64_t kLeadBytes = 8192;  // how far ahead of the arithmetic to prefetch
-constexpr int64_t kMaxLead = 128;  // the same in rows, and the padding of the row list
+constexpr int kGroup = 8;  // kept rows read side by side: streams through memory
+constexpr int64_t kTile = 4096;  // float32 sums of one tile: 16 KiB of L1
+constexpr int64_t kShortBytes = 4096;  // of shorter rows the next one is prefetched
 constexpr int64_t kSerialBytes = 32768;  // a thread gets at least this much to read
 constexpr int64_t kMaxTokens = 16;  // tokens of one pass over the weight
 // More tokens than these: a dense matmul of the masked input. 16-bit weights stay longer, since a
@@ -53,9 +51,8 @@ constexpr int64_t kLine = 64;  // bytes of a cache line
 
 // The rows that at least one token keeps, in ascending order.
 struct KeptRows {
-  std::vector<int32_t> index;  // count entries, then kMaxLead + kGroup repeats for the prefetcher
+  std::vector<int32_t> index;  // count entries and a repeat, which may be prefetched
   std::vector<float> coef;     // [count][tokens], 0 where a token drops the row
-  std::vector<float> scratch;
   int64_t count = 0;
 };
 
@@ -72,7 +69,7 @@ void select_rows(KeptRows& rows, const T* x, int64_t K, int tokens, const float*
   const auto grow = [](auto& v, int64_t n) {
     if (static_cast<int64_t>(v.size()) < n) v.resize(n);
   };
-  grow(rows.index, K + kMaxLead + kGroup);
+  grow(rows.index, K + 1);
   grow(rows.coef, (K + 1) * tokens);
   int32_t* index = rows.index.data();
   float* coef = rows.coef.data();
@@ -100,13 +97,14 @@ void select_rows(KeptRows& rows, const T* x, int64_t K, int tokens, const float*
       count += any;
     }
   }
-  std::fill_n(index + count, kMaxLead + kGroup, count ? index[count - 1] : 0);
+  index[count] = count ? index[count - 1] : 0;
   rows.count = count;
 }
 
-// Two lists, since sparse_gate_up can need both at once.
-KeptRows& kept_rows(int which) {
-  static thread_local KeptRows rows[2];
+// The calling thread's lists: one for each projection of a call that has its own.
+KeptRows& kept_rows(size_t which) {
+  static thread_local std::deque<KeptRows> rows;  // never moves one
+  while (rows.size() <= which) rows.emplace_back();
   return rows[which];
 }
 
@@ -124,11 +122,41 @@ Activation parse_activation(c10::string_view name) {
               "\"; known: silu, gelu, gelu_tanh, relu, relu2");
 }
 
+// exp by lanes, to about one unit in the last place: 2^n times a polynomial on [-ln2/2, ln2/2]
+// (Taylor's, degree 7). Beyond float32 its results are the nearest that it can say; NaN is not kept.
+inline Floats exp(Floats x) {
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  x = x > 88.0f ? Floats{} + 88.0f : x;
+  constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
+  const Floats n = (x * 1.44269504f + round) - round;
+  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Floats p = Floats{} + 1.0f / 5040.0f;
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Floats biased = n + 127.0f;
+  const Integers bits = __builtin_convertvector(biased, Integers) << 23;
+  Floats power;
+  std::memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+inline void silu(float* v, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats x = load(v + i);
+    store(v + i, x / (1.0f + exp(-x)));
+  }
+  for (; i < n; ++i) v[i] = v[i] / (1.0f + std::exp(-v[i]));
+}
+
 void activate(Activation activation, float* v, int64_t n) {
   switch (activation) {
-    case Activation::silu:
-      for (int64_t i = 0; i < n; ++i) v[i] = v[i] / (1.0f + std::exp(-v[i]));
-      return;
+    case Activation::silu: return silu(v, n);
     case Activation::gelu:
       for (int64_t i = 0; i < n; ++i)
         v[i] = 0.5f * v[i] * (1.0f + std::erf(v[i] * 0.70710678118654752f));

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t kColumns = 128;  // of a group: one scale a row
 
-typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 
 inline Floats to_floats(Integers v) { return __builtin_convertvector(v, Floats); }

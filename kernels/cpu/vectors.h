@@ -18,6 +18,7 @@ namespace {
 // GCC and Clang lower these to whatever the machine has (AVX2, AVX-512, NEON, SSE2).
 constexpr int kLanes = 8;
 typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
 inline Floats load(const float* p) {

@@ -13,16 +13,19 @@ from wina.bench.kernels import Grid, bench_kernels, break_even
 from wina.bench.operators import (
     DTYPES,
     OPERATORS,
+    ColdIntegers,
     ColdWeights,
     gate,
+    gate_integers,
     inputs_for,
     kept_channels,
     threshold_for,
 )
 from wina.bench.timing import QUICK, STEADY, TOO_NOISY, Effort, Timing
 from wina.errors import ConfigError, UnknownNameError, WinaError
-from wina.kernels import reference
+from wina.kernels import quantized, reference
 from wina.kernels.dispatch import Backend, ReferenceBackend, backends
+from wina.kernels.quantization import FORMATS
 
 CPU = torch.device("cpu")
 
@@ -35,10 +38,13 @@ def test_every_point_of_the_grid_becomes_a_row() -> None:
     rows, refusals = bench_kernels(grid, QUICK, show_progress=False)
     served = {row["backend"] for row in rows}
     assert served | {refusal["backend"] for refusal in refusals} == set(backends())
-    assert len(rows) == len(served) * len(list(OPERATORS)) * len(DTYPES) * 2
+    # A dense operator has no row at 50 %.
+    sparse = [name for name in OPERATORS if not OPERATORS[name].row_major]
+    assert len(rows) == len(served) * len(sparse) * len(DTYPES) * 2
     for row in rows:
         assert row["shape"] == [33, 48]
         assert row["sparsity"] == 0.5
+        assert row["weight_dtype"] is None
         assert row["own_dense_us"] > 0
         assert row["low"] <= row["speedup_vs_torch"] <= row["high"]
         assert row["verdict"] == "quick: no claim"
@@ -47,6 +53,31 @@ def test_every_point_of_the_grid_becomes_a_row() -> None:
         assert row["bandwidth_gb_s"] == pytest.approx(bytes_ / row["time_us"] / 1e3)
     assert {row["kept"] for row in rows if row["tokens"] == 1} == {24}
     assert all(24 < row["kept"] <= 48 for row in rows if row["tokens"] == 2)  # the union
+
+
+@pytest.mark.parametrize(("operator", "held"), [("sparse_linear", 48), ("dense_linear_rows", 33)])
+@pytest.mark.parametrize("width", FORMATS)
+def test_integer_weights_are_counted_with_their_scales(
+    operator: str, held: int, width: str
+) -> None:
+    grid = Grid(
+        shapes=((33, 48),), operators=(operator,), dtypes=("bfloat16",), sparsities=(0.0,),
+        weight_dtypes=(width,),
+    )  # fmt: skip
+    (row,), _ = bench_kernels(grid, QUICK, show_progress=False)
+    assert row["weight_dtype"] == width
+    # A row of either layout is one cache line, and two scales of two bytes.
+    assert row["bandwidth_gb_s"] == pytest.approx(held * (64 + 4) / row["time_us"] / 1e3)
+
+
+@pytest.mark.parametrize("operator", ["sparse_linear", "dense_linear_rows"])
+def test_red_gate_of_integers(operator: str) -> None:
+    weights = ColdIntegers((64, 96), "int4", OPERATORS[operator].row_major, CPU, 1)
+    x = inputs_for((64, 96), 2, torch.bfloat16, CPU)
+    weight, threshold = weights.weight(weights.buffers[1]), threshold_for(x, 0.0)
+    gate_integers(OPERATORS[operator], ReferenceBackend(), x, weight, threshold)
+    with pytest.raises(WinaError, match="not timing it"):
+        gate_integers(OPERATORS[operator], _Wrong(), x, weight, threshold)
 
 
 @pytest.mark.parametrize(("drift", "passes"), [(1.0, 2), (0.9, 4)])
@@ -83,6 +114,18 @@ class _Wrong(ReferenceBackend):
     name = "wrong"
 
     @staticmethod
+    def dense_linear_rows(*arguments: Tensor) -> Tensor:
+        return reference.dense_linear_rows(*arguments) * 1.01
+
+    @staticmethod
+    def sparse_linear_quantized(*arguments: Any) -> Tensor:
+        return quantized.sparse_linear_quantized(*arguments) * 1.01
+
+    @staticmethod
+    def dense_linear_rows_quantized(*arguments: Any) -> Tensor:
+        return quantized.dense_linear_rows_quantized(*arguments) * 1.01
+
+    @staticmethod
     def sparse_linear(*arguments: Tensor) -> Tensor:
         return reference.sparse_linear(*arguments) * 1.01
 
@@ -96,11 +139,11 @@ class _Wrong(ReferenceBackend):
 def test_red_gate_stops_the_bench(name: str, dtype: torch.dtype) -> None:
     weights = ColdWeights((64, 96), OPERATORS[name].matrices, dtype, CPU, 1)
     x = inputs_for((64, 96), 2, dtype, CPU)
-    threshold = threshold_for(x, 0.5)
+    threshold = threshold_for(x, 0.0 if OPERATORS[name].row_major else 0.5)
 
     def check(backend: Backend) -> None:
-        k_major = weights.k_major(weights.buffers[0], backend)
-        gate(OPERATORS[name], backend, x, k_major, threshold)
+        matrices = weights.matrices(weights.buffers[0], OPERATORS[name], backend)
+        gate(OPERATORS[name], backend, x, matrices, threshold)
 
     check(ReferenceBackend())
     with pytest.raises(WinaError, match="not timing it"):
@@ -167,6 +210,10 @@ def test_break_even(points: list[tuple[float, float]], expected: float | None) -
 def test_settings_are_checked() -> None:
     with pytest.raises(ConfigError, match="int3"):
         Grid(dtypes=("int3",))
+    with pytest.raises(ConfigError, match="Known: int8, int4"):
+        Grid(weight_dtypes=("int3",))
+    with pytest.raises(ConfigError, match="these are: sparse_linear, dense_linear_rows"):
+        Grid(operators=("sparse_gate_up",), weight_dtypes=("int8",))
     with pytest.raises(ConfigError, match="counted from 1"):
         Grid(tokens=(0,))
     with pytest.raises(UnknownNameError, match="sparse_linear"):
