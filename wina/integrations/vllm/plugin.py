@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import cached_file
 from vllm.config import get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
@@ -27,24 +29,25 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
+from wina.config import SparsityConfig
 from wina.errors import ConfigError, PlanError
 from wina.integrations.vllm.step import STEP, Rows, pack, step_linear
-from wina.plan import JSON_FILE, ProjectionPlan, SparsityPlan, weight_sample
+from wina.plan import JSON_FILE, TENSOR_FILE, ProjectionPlan, SparsityPlan, weight_sample
 from wina.prefill import Prefill
+from wina.saving import PLAN_FOLDER, QUANT_METHOD
 
-METHOD = "wina"
 # A plan's samples are of the unrounded weights; a checkpoint in bfloat16 is the same model.
 _SAMPLE_TOLERANCE = 2.0**-7
 
 logger = init_logger("vllm.plugins.wina")  # others print nothing
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(QUANT_METHOD)
 class WinaConfig(QuantizationConfig):  # type: ignore[misc]
     """Which plan is in use.
 
-    Without settings the plan lies in the model's folder. In ``config.json`` or by
-    ``--hf-overrides``: ``{"quantization_config": {"quant_method": "wina", "plan": FOLDER}}``.
+    A folder that a sparsified model has saved needs nothing more. The plan of any other is named
+    by ``--hf-overrides '{"quantization_config": {"quant_method": "wina", "plan": FOLDER}}'``.
 
     Args:
         plan: folder of a saved plan; a relative one is looked for in the model's folder.
@@ -52,17 +55,18 @@ class WinaConfig(QuantizationConfig):  # type: ignore[misc]
             tokens), as evaluations that score texts need; by default the plan's.
     """
 
-    def __init__(self, plan: str = "", prefill: str | None = None) -> None:
+    def __init__(self, plan: str = PLAN_FOLDER, prefill: str | None = None) -> None:
         super().__init__()
         self._folder, self._prefill = plan, prefill
         self._plan: SparsityPlan | None = None
+        self._protocol_in_use = Prefill(0.0, 0)
 
     def __repr__(self) -> str:
         return f"WinaConfig(plan={self._folder!r}, prefill={self._prefill!r})"
 
     def get_name(self) -> str:
         """``"wina"``."""
-        return METHOD
+        return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """Those of the kernels."""
@@ -81,45 +85,63 @@ class WinaConfig(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> WinaConfig:
         """From ``quantization_config``."""
-        unknown = set(config) - {"quant_method", "plan", "prefill"}
+        settings = {"quant_method", "plan", *(field.name for field in fields(SparsityConfig))}
+        unknown = sorted(set(config) - settings)
         if unknown:
-            raise ConfigError(f"unknown setting {min(unknown)!r} of wina. Known: plan, prefill.")
-        return cls(str(config.get("plan", "")), config.get("prefill"))
+            raise ConfigError(
+                f"unknown setting {unknown[0]!r}. Known: {', '.join(sorted(settings))}."
+            )
+        # What a saved model says of its plan stands in the plan as well.
+        return cls(str(config.get("plan", PLAN_FOLDER)), config.get("prefill"))
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
         """Read the plan, once: the object is sent to the workers with it."""
-        folder = Path(model_name, self._folder)
-        if not (folder / JSON_FILE).is_file():
-            raise PlanError(
-                f"no {JSON_FILE} in {folder}: save a plan there (`wina calibrate`), or name its "
-                "folder with --hf-overrides "
-                '\'{"quantization_config": {"quant_method": "wina", "plan": FOLDER}}\''
-            )
-        plan = SparsityPlan.load(folder)
+        plan = SparsityPlan.load(self._locate(model_name, revision))
         if plan.config.selector != "threshold":
             raise ConfigError(f"selector {plan.config.selector!r} is not served in vLLM")
         if plan.config.weight_dtype is not None:
             raise ConfigError(
                 f"the plan rounds weights to {plan.config.weight_dtype}: not served in vLLM"
             )
-        self._plan = plan
+        self._plan, self._protocol_in_use = plan, self._protocol(plan)
         if hf_config is not None:
             # vLLM leaves the quantization method out of the key of its compilation cache.
-            facts = [str(folder), self._prefill, sorted(plan.layers), plan.config.to_dict()]
+            facts = [self._folder, self._prefill, sorted(plan.layers), plan.config.to_dict()]
             digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
             hf_config.wina_digest = digest.hexdigest()
         logger.info("wina: %s at %.0f %%", plan.config.method, 100 * plan.config.sparsity)
 
-    @property
-    def prefill(self) -> Prefill:
-        """The prefill protocol, whole prompts or nothing of them."""
-        assert self._plan is not None
-        settings = self._plan.config.to_dict()
+    def _locate(self, model_name: str, revision: str | None) -> Path:
+        folder = Path(model_name, self._folder)
+        if (folder / JSON_FILE).is_file():
+            return folder
+        found = [
+            cached_file(
+                model_name,
+                f"{self._folder}/{file}",
+                revision=revision,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            for file in (JSON_FILE, TENSOR_FILE)
+            if not Path(model_name).exists()
+        ]
+        if not found or None in found:
+            raise PlanError(
+                f"no {JSON_FILE} in {folder}: save the sparsified model (`wina export`), or name "
+                "the folder of a plan with --hf-overrides "
+                '\'{"quantization_config": {"quant_method": "wina", "plan": FOLDER}}\''
+            )
+        return Path(found[0]).parent
+
+    def _protocol(self, plan: SparsityPlan) -> Prefill:
+        """The prefill protocol: whole prompts or nothing of them."""
+        settings = plan.config.to_dict()
         if self._prefill is not None:
             settings["prefill"] = self._prefill
-        found = type(self._plan.config).from_dict(settings).make_prefill()
+        found = SparsityConfig.from_dict(settings).make_prefill()
         if found.share not in (0.0, 1.0):
             raise ConfigError(
                 f"prefill {settings['prefill']!r} is not served in vLLM, which reads prompts in "
@@ -136,7 +158,7 @@ class WinaConfig(QuantizationConfig):  # type: ignore[misc]
         if not any(name in self._plan.layers for name in names):
             return UnquantizedLinearMethod()
         _refuse_cuda_graphs()
-        STEP.sparse_rows = SparseRows(self.prefill)
+        STEP.sparse_rows = SparseRows(self._protocol_in_use)
         return WinaLinearMethod(prefix, [self._plan.layers.get(name) for name in names])
 
     def _names(self, prefix: str) -> list[str]:
@@ -225,12 +247,12 @@ class SparseRows:
         context = get_forward_context()
         if not context.attn_metadata:  # warming up
             return False
-        found: tuple[int, Rows] | None = context.additional_kwargs.get(METHOD)
+        found: tuple[int, Rows] | None = context.additional_kwargs.get(QUANT_METHOD)
         if found is None:
             rows = self._find(context.attn_metadata, tokens)
             # One look at the values a step, not one a layer.
             found = (tokens, True if rows.all() else rows if rows.any() else False)
-            context.additional_kwargs[METHOD] = found
+            context.additional_kwargs[QUANT_METHOD] = found
         if found[0] != tokens:
             raise RuntimeError(f"wina: a layer got {tokens} of a step's {found[0]} tokens")
         return found[1]
