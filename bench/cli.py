@@ -310,6 +310,7 @@ def peers_command(
     warnings += [f"{w['engine']} in {w['dtype']} is wrong: {w['reason']}" for w in outcome.wrong]
     ours = [row for row in outcome.rows if row["method"] != "dense" and "verdict" in row]
     warnings += noise_warnings(ours, ("dtype", "sparsity"))
+    warnings += neighbours.warnings()
     name = shape or shop.source.name
     run = _document(
         "peers", f"{name}: greedy decode of one sequence", outcome.rows, vars(contest), warnings,
