@@ -35,6 +35,7 @@ pytestmark = pytest.mark.vllm
 PROMPTS = [random_tokens(count, seed=count).tolist() for count in (12, 7)]
 NEW_TOKENS = 16
 MARGIN = 1e-4
+CHANNELS = 2 * (128 * 5 + 128 + 96)  # layers × (inputs of q, k, v, gate, up; of o; of down)
 
 # vLLM's merged layers → what transformers calls their parts.
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -127,6 +128,11 @@ def forced(folder: Path, prompt: list[int], tokens: list[int]) -> tuple[list[flo
     return found, recorder
 
 
+def assert_close_median(found: list[float], expected: list[float]) -> None:
+    difference = torch.tensor([abs(a - b) for a, b in zip(found, expected, strict=True)])
+    assert float(difference.median()) <= 1e-4
+
+
 def dense_tokens(folder: Path) -> list[list[int]]:
     """Of vLLM without the plug-in."""
     return generate(folder, hf_overrides={"quantization_config": None})[0]
@@ -157,8 +163,7 @@ def test_at_50_percent_masks_and_log_probabilities_are_ours(folders: dict[float,
             assert torch.equal(keep[clear], keep_mask(our_x, threshold)[clear]), name
             dropped, total = dropped + int((~keep).sum()), total + keep.numel()
     assert 0.4 < dropped / total < 0.6
-    difference = torch.tensor([abs(a - b) for a, b in zip(found, expected, strict=True)])
-    assert float(difference.median()) <= 1e-4
+    assert_close_median(found, expected)
 
 
 def test_a_compiled_run_is_sparse_and_prompts_stay_dense(folders: dict[float, Path]) -> None:
@@ -168,18 +173,36 @@ def test_a_compiled_run_is_sparse_and_prompts_stay_dense(folders: dict[float, Pa
         compilation_config={"mode": 2, "backend": "eager"},
     )  # fmt: skip
     assert 0.4 < counter.realised < 0.6
-    channels = 2 * (128 * 5 + 128 + 96)  # layers × (inputs of q, k, v, gate, up; of o; of down)
-    assert counter.seen == len(PROMPTS) * (NEW_TOKENS - 1) * channels
+    assert counter.seen == len(PROMPTS) * (NEW_TOKENS - 1) * CHANNELS
     assert compiled == generate(folders[0.5])[0]
+
+
+def test_steps_that_mix_prompts_and_decoding(folders: dict[float, Path]) -> None:
+    counter = DecodedChannels()
+    # The first prompt fills a step, so the second one is read beside the first one's decoding.
+    tokens, found = generate(folders[0.5], observer=counter, max_num_batched_tokens=len(PROMPTS[0]))
+    assert counter.seen == len(PROMPTS) * (NEW_TOKENS - 1) * CHANNELS
+    for prompt, ids, values in zip(PROMPTS, tokens, found, strict=True):
+        expected, _ = forced(folders[0.5], prompt, ids)
+        assert_close_median(values, expected)
 
 
 def test_prompts_can_be_masked_for_evaluations(folders: dict[float, Path]) -> None:
     counter = DecodedChannels()
     settings = {"quantization_config": {"quant_method": "wina", "prefill": "all"}}
     generate(folders[0.5], observer=counter, hf_overrides=settings)
-    channels = 2 * (128 * 5 + 128 + 96)
     sparse_prompt = sum(len(prompt) - 2 for prompt in PROMPTS)  # all but the sinks
-    assert counter.seen == (sparse_prompt + len(PROMPTS) * (NEW_TOKENS - 1)) * channels
+    assert counter.seen == (sparse_prompt + len(PROMPTS) * (NEW_TOKENS - 1)) * CHANNELS
+
+
+def test_two_ranks_are_as_one(folders: dict[float, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    prompt = PROMPTS[0]
+    (tokens,), (found,) = generate(folders[0.5], [prompt], tensor_parallel_size=2)
+    expected, ours = forced(folders[0.5], prompt, tokens)
+    dropped = [~keep_mask(x, threshold) for steps in ours.seen.values() for x, threshold in steps]
+    assert 0.4 < torch.cat([mask.flatten() for mask in dropped]).float().mean() < 0.6
+    assert_close_median(found, expected)
 
 
 @pytest.mark.parametrize(
