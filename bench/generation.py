@@ -17,13 +17,20 @@ from wina.registry import Registry
 
 
 class _Clock:
-    """A streamer that notes when each token arrives."""
+    """A streamer that notes when each token arrives, and those of the first sequence."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.values: list[Tensor] = []
 
     def put(self, value: Tensor) -> None:
         self.times.append(time.perf_counter())
+        self.values.append(value)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Without the prompt, which arrives first."""
+        return tuple(int(value.flatten()[0]) for value in self.values[1:])
 
     def end(self) -> None:
         pass
@@ -36,10 +43,12 @@ class Generation:
     Attributes:
         first_s: seconds from the call to the first token: prefill, and what surrounds it.
         steps_s: seconds between a token and the next.
+        tokens: of the first sequence.
     """
 
     first_s: float
     steps_s: tuple[float, ...]
+    tokens: tuple[int, ...] = ()
 
     @property
     def step_s(self) -> float:
@@ -71,7 +80,7 @@ def generate(model: nn.Module, prompt: Tensor, new_tokens: int, **options: Any) 
     # put() is called for the prompt, then for every token; the first token ends the prefill.
     times = clock.times[1:]
     steps = tuple(after - before for before, after in pairwise(times))
-    return Generation(times[0] - start, steps)
+    return Generation(times[0] - start, steps, clock.tokens)
 
 
 def decode_seconds(model: nn.Module, prompt: Tensor, new_tokens: int) -> float:

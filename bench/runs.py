@@ -61,6 +61,11 @@ KINDS: dict[str, Kind] = {
         "ms_per_step",
         "speedup_vs_dense",
     ),
+    "peers": Kind(
+        ("engine", "method", "sparsity", "dtype", "context", "threads"),
+        "ms_per_step",
+        "speedup_vs_best_peer",
+    ),
     "roofline": Kind(("sparsity", "batch", "context"), "ms_per_step", "speedup"),
 }
 

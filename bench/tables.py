@@ -33,6 +33,10 @@ def _text(field: str) -> Callable[[Mapping[str, Any]], str]:
     return lambda row: str(row[field])
 
 
+def _peers(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {ratio:.2f}×" for name, ratio in row["speedup_vs_peers"].items())
+
+
 def _interval(row: Mapping[str, Any]) -> str:
     return "" if row.get("low") is None else f"{row['low']:.2f}–{row['high']:.2f}"
 
@@ -77,6 +81,19 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("vs best", _times("speedup_vs_best_dense")),
         ("ideal", _times("byte_ideal")),
         ("GiB", _number("memory_gib", ".2f")),
+        ("verdict", _verdict),
+    ),
+    "peers": (
+        ("engine", _text("engine")),
+        ("method", _text("method")),
+        ("sparsity", _number("sparsity", ".2f")),
+        ("dtype", _text("dtype")),
+        ("tokens/s", _number("tokens_per_s", ".1f")),
+        ("ms", _number("ms_per_step", ".2f")),
+        ("vs best peer", _times("speedup_vs_best_peer")),
+        ("95 %", _interval),
+        ("vs", _peers),
+        ("next tokens", _number("agreement", ".0%")),
         ("verdict", _verdict),
     ),
     "roofline": (

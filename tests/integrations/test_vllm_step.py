@@ -1,0 +1,115 @@
+"""The arithmetic of the vLLM plug-in, without vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from wina.integrations.vllm.step import (
+    STEP,
+    DecodedChannels,
+    Rows,
+    merged_product,
+    pack,
+    step_linear,
+    unpack,
+)
+from wina.kernels.reference import mask_inputs
+
+SPLITS = [7, 3, 3]
+CHANNELS = 13
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    before = vars(STEP).copy()
+    yield
+    vars(STEP).update(before)
+
+
+def merged(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x [5, K], weight [N, K], thresholds [3, K], bias [N])."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return (
+        random(5, CHANNELS), random(sum(SPLITS), CHANNELS), random(3, CHANNELS).abs(),
+        random(sum(SPLITS)),
+    )  # fmt: skip
+
+
+def expected(
+    x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | None, rows: Rows
+) -> Tensor:
+    """In float64, part by part."""
+    parts = []
+    for block, threshold in zip(weight.split(SPLITS), thresholds, strict=True):
+        masked = mask_inputs(x, threshold)
+        if isinstance(rows, Tensor):
+            masked = torch.where(rows[:, None], masked, x)
+        parts.append((masked if rows is not False else x).double() @ block.double().t())
+    y = torch.cat(parts, dim=-1)
+    return y if bias is None else y + bias.double()
+
+
+def test_pack_lays_each_part_k_major() -> None:
+    _, weight, _, _ = merged()
+    blocks = unpack(pack(weight, SPLITS), SPLITS)
+    for block, part in zip(blocks, weight.split(SPLITS), strict=True):
+        assert block.is_contiguous()
+        assert torch.equal(block.t(), part)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("rows", [True, False, torch.tensor([True, False, False, True, False])])
+def test_each_part_has_its_own_mask_and_each_row_its_own_kind(rows: Rows, with_bias: bool) -> None:
+    x, weight, thresholds, bias = merged()
+    used = bias if with_bias else None
+    y = merged_product(x, pack(weight, SPLITS), thresholds, used, SPLITS, rows)
+    torch.testing.assert_close(
+        y.double(), expected(x, weight, thresholds, used, rows), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_compiled_graph_asks_anew_in_every_step() -> None:
+    x, weight, thresholds, _ = merged()
+    packed = pack(weight, SPLITS)
+
+    def forward(x: Tensor) -> Tensor:
+        return step_linear(2 * x, packed, thresholds, None, SPLITS, "layer") + 1
+
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    kinds: list[Rows] = [False, True, torch.tensor([False, True, True, False, True])]
+    for rows in kinds:
+        STEP.sparse_rows = lambda tokens, rows=rows: rows  # type: ignore[misc]
+        torch.testing.assert_close(
+            compiled(x).double(),
+            expected(2 * x, weight, thresholds, None, rows) + 1,
+            rtol=1e-5,
+            atol=1e-5,
+        )
+
+
+def test_channels_are_counted_where_rows_are_sparse() -> None:
+    x, weight, thresholds, _ = merged()
+    packed = pack(weight, SPLITS)
+    counter = DecodedChannels()
+    STEP.observer = counter
+    step_linear(x, packed, thresholds, None, SPLITS, "layer")
+    assert counter.realised == 0
+    rows = torch.tensor([True, False, False, True, False])
+    STEP.sparse_rows = lambda tokens: rows
+    step_linear(x, packed, thresholds, None, SPLITS, "layer")
+    dropped = sum(int((x[rows].abs() <= threshold).sum()) for threshold in thresholds)
+    assert counter.realised == pytest.approx(dropped / (2 * 3 * CHANNELS))
+
+
+def test_the_operator_is_sound() -> None:
+    x, weight, thresholds, bias = merged()
+    arguments = (x, pack(weight, SPLITS), thresholds, bias, SPLITS, "layer")
+    torch.library.opcheck(step_linear, arguments, test_utils=("test_schema", "test_faketensor"))
