@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench bench-quick clean
+.PHONY: help install demo test test-slow test-sanitizers lint format bench bench-quick clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,9 @@ test: install ## all quick tests (no downloads of models)
 
 test-slow: install ## tests on the real demo models, fetched on first use
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+test-sanitizers: install ## native kernels under AddressSanitizer, UBSan and ThreadSanitizer
+	$(BIN)/python -m pytest tests/native -m 'slow or not slow' --durations=0
 
 lint: install ## what CI checks: ruff and mypy
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 import wina.projections as projections_module
 from wina.config import SparsityConfig
 from wina.errors import PlanError, WinaError
-from wina.files import write_atomically
+from wina.files import parse_json, write_atomically
 from wina.projections import Projection
 
 FORMAT = "wina-plan"
@@ -55,6 +56,27 @@ class ProjectionPlan:
     cutoff: float
     threshold: Tensor
     sample: Tensor
+
+    def check(self) -> None:
+        """Raise :class:`PlanError`, with the field's name, for a value that means nothing.
+
+        A threshold of −1 (or less) keeps its channel and +inf drops it; NaN would keep it without
+        anybody having said so.
+        """
+        name = self.projection.name
+        for field_name, tensor, length in (
+            ("threshold", self.threshold, self.projection.in_features),
+            ("sample", self.sample, _SAMPLES),
+        ):
+            if tuple(tensor.shape) != (length,) or tensor.dtype != torch.float32:
+                raise PlanError(
+                    f"{name}.{field_name} has shape {tuple(tensor.shape)} {tensor.dtype}, expected "
+                    f"({length},) torch.float32"
+                )
+        if self.threshold.isnan().any():
+            raise PlanError(f"{name}.threshold must be float32 without NaN")
+        if math.isnan(self.cutoff):
+            raise PlanError(f"cutoff of {name} is NaN")
 
 
 @dataclass(frozen=True)
@@ -88,6 +110,7 @@ class SparsityPlan:
             raise PlanError(f"the plan is for a {self.model_type} model, this is a {found}")
         modules = dict(model.named_modules())
         for name, layer in self.layers.items():
+            layer.check()
             module = modules.get(name)
             if not isinstance(module, nn.Linear):
                 raise PlanError(f"the plan names {name}, which is no linear layer of this model")
@@ -168,8 +191,8 @@ class SparsityPlan:
                 f"{path} is no plan folder: {error.strerror} ({error.filename})"
             ) from None
         try:
-            document = json.loads(raw)
-        except (ValueError, RecursionError):
+            document = parse_json(raw)
+        except ValueError:
             raise PlanError(f"{path / JSON_FILE} is not JSON: truncated or altered") from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise PlanError(f"{path / JSON_FILE} is not a {FORMAT} file")
@@ -199,19 +222,17 @@ class SparsityPlan:
                 in_features=_typed(row, "in_features", int),
                 out_features=_typed(row, "out_features", int),
             )
-            threshold = tensors[f"{name}.threshold"]
-            if tuple(threshold.shape) != (projection.in_features,):
-                raise PlanError(f"{name}.threshold has shape {tuple(threshold.shape)}")
-            if threshold.dtype != torch.float32 or threshold.isnan().any():
-                raise PlanError(f"{name}.threshold must be float32 without NaN")
+            if name in layers:
+                raise PlanError(f"projections names {name} twice")
             layers[name] = ProjectionPlan(
                 projection=projection,
                 sparsity=_share(row, "sparsity"),
                 realised=_share(row, "realised"),
                 cutoff=float(_typed(row, "cutoff", (int, float))),
-                threshold=threshold,
+                threshold=tensors[f"{name}.threshold"],
                 sample=tensors[f"{name}.sample"],
             )
+            layers[name].check()
         return cls(
             config=SparsityConfig.from_dict(document["config"]),
             model_type=_typed(document, "model_type", str),

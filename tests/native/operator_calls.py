@@ -68,14 +68,11 @@ class Draw:
     def leading(self, x: Tensor) -> tuple[int, ...]:
         return tuple(x.shape[:-1])
 
-    def weight(self) -> Tensor:
-        return self.normal(self.K, self.N) / math.sqrt(self.K)
-
-    def integers(self) -> tuple[Tensor, Tensor]:
+    def integers(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Packed bytes and scales of a weight, the padding of its rows filled as well."""
-        width = format_of(self.bits).row_bytes(self.N)
-        packed = torch.randint(-127, 128, (self.K, width), dtype=torch.int8)
-        scales = torch.randn(self.K, scales_of(self.N)) / 2**self.bits / math.sqrt(self.K)
+        width = format_of(self.bits).row_bytes(columns)
+        packed = torch.randint(-127, 128, (rows, width), dtype=torch.int8)
+        scales = torch.randn(rows, scales_of(columns)) / 2**self.bits / math.sqrt(self.K)
         return packed, scales.to(torch.bfloat16)
 
     def threshold(self) -> Tensor:
@@ -95,7 +92,9 @@ def arguments_of(operator: Operator, draw: Draw) -> dict[str, Any]:
     names = list(inspect.signature(operator.definition).parameters)
     integers = "bits" in names
     x = draw.x()
-    made: dict[str, Any] = {"x": x, "columns": draw.N, "bits": draw.bits}
+    # Weights are K-major but for the operators whose name says that they read rows.
+    shape = (draw.N, draw.K) if "_rows" in operator.name else (draw.K, draw.N)
+    made: dict[str, Any] = {"x": x, "columns": shape[1], "bits": draw.bits}
     widths = [draw.N, 1, max(1, draw.N // 3)][: draw.rng.randint(1, 3)]
 
     def bias() -> Tensor:
@@ -106,11 +105,11 @@ def arguments_of(operator: Operator, draw: Draw) -> dict[str, Any]:
 
     def one(name: str) -> Any:
         if name in ("packed", "gate", "up") and integers:
-            packed, scales = draw.integers()
+            packed, scales = draw.integers(*shape)
             made["scales" if name == "packed" else f"{name}_scales"] = scales
             return packed
         if name in ("weight", "gate", "up"):
-            return draw.weight()
+            return draw.normal(*shape) / math.sqrt(draw.K)
         if name == "weights":
             return [draw.normal(draw.K, N) / math.sqrt(draw.K) for N in widths]
         if name == "thresholds":
