@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -182,24 +183,17 @@ class _Calibrator:
         def after(layer: _Layer) -> Any:
             return lambda *_: layer.put_back()
 
-        handles = []
-        for layer in self.layers.values():
-            handles += [
-                layer.module.register_forward_pre_hook(before(layer)),
-                layer.module.register_forward_hook(after(layer)),
-            ]
-        training = self.decoder.training
         device = next(self.decoder.parameters()).device
-        self.decoder.eval()
-        try:
+        with ExitStack() as stack:  # undoes all that was done, wherever this is stopped
+            stack.callback(self.decoder.train, self.decoder.training)
+            self.decoder.eval()
+            for layer in self.layers.values():
+                stack.callback(layer.put_back)
+                module = layer.module
+                stack.callback(module.register_forward_pre_hook(before(layer)).remove)
+                stack.callback(module.register_forward_hook(after(layer)).remove)
             with torch.no_grad():
                 self.decoder(input_ids=windows.to(device), use_cache=False)
-        finally:
-            self.decoder.train(training)
-            for handle in handles:
-                handle.remove()
-            for layer in self.layers.values():
-                layer.put_back()
 
 
 class _Layer:

@@ -8,6 +8,7 @@ that way. Knows nothing of sparsity.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,15 +180,13 @@ def _observe_inputs(
 
         return hook
 
-    handles = [module.register_forward_pre_hook(observer(name)) for name, module in linears.items()]
     decoder = decoder_of(model)
-    try:
-        device = next(decoder.parameters()).device
+    device = next(decoder.parameters()).device
+    with ExitStack() as stack:
+        for name, module in linears.items():
+            stack.callback(module.register_forward_pre_hook(observer(name)).remove)
         with torch.no_grad():
             decoder(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     unreached = [name for name in linears if name not in inputs]
     if unreached:
         raise UnsupportedModelError(
