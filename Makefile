@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-versions test-vllm lint format bench bench-quick clean
+.PHONY: help install demo test test-slow test-versions test-vllm test-sanitizers lint format bench \
+	bench-quick clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +52,9 @@ $(VLLM_VENV)/.installed: tests/integrations/vllm-requirements.txt pyproject.toml
 
 test-vllm: $(VLLM_VENV)/.installed ## the vLLM plug-in in vLLM itself, in an environment of its own
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/integrations/test_vllm.py
+
+test-sanitizers: install ## native kernels under AddressSanitizer, UBSan and ThreadSanitizer
+	$(BIN)/python -m pytest tests/native -m 'slow or not slow' --durations=0
 
 lint: install ## what CI checks: ruff and mypy
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ The schema stands in ``bench/README.md``; a change that old readers cannot follo
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 from wina.bench.machine import machine_card
 from wina.bench.timing import NOISE_LIMIT
 from wina.errors import WinaError
+from wina.files import parse_json
 
 FORMAT = "wina-bench"
 VERSION = 1
@@ -116,18 +118,37 @@ def parse(text: str, source: str) -> dict[str, Any]:
     lines = text.strip().splitlines() or [""]
     for candidate in (text, lines[-1]):
         try:
-            run = json.loads(candidate)
+            run = parse_json(candidate)
         except ValueError:
             continue
         if not isinstance(run, dict) or run.get("format") != FORMAT:
             break
-        if run.get("version") != VERSION or run.get("bench") not in KINDS:
+        if run.get("version") != VERSION or run.get("bench") not in list(KINDS):
             raise WinaError(
                 f"{source} is a {run.get('bench')!r} run of version {run.get('version')}; this "
                 f"wina reads version {VERSION} of: {', '.join(KINDS)}"
             )
+        _check(run, source)
         return run
     raise WinaError(f"{source} holds no run of `wina bench` (write one with --output FILE.json)")
+
+
+def _check(run: Mapping[str, Any], source: str) -> None:
+    """Raise unless what :func:`compare_runs` and the tables rely on is there."""
+    kind = KINDS[run["bench"]]
+    machine, rows = run.get("machine"), run.get("rows")
+    if not isinstance(machine, Mapping) or not isinstance(rows, list):
+        raise WinaError(f"{source} is damaged: a run has an object `machine` and a list `rows`")
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise WinaError(f"{source} is damaged: row {number} is no object")
+        for field in (kind.time, kind.speedup):
+            value: Any = row.get(field)
+            if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+                raise WinaError(
+                    f"{source} is damaged: {field} of row {number} must be a positive number, not "
+                    f"{value!r:.40}"
+                )
 
 
 def compare_runs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from wina.config import SparsityConfig
 from wina.errors import ConfigError, PlanError, WinaError
 from wina.eval.agreement import agreement
 from wina.eval.measurement import EvalTask, Measurement, Settings
-from wina.files import remove_partial, write_atomically
+from wina.files import parse_json, remove_partial, write_atomically
 from wina.inspection import inspect
 from wina.patch import apply_plan, restore
 from wina.plan import SparsityPlan
@@ -366,7 +366,7 @@ def read_cell(path: Path) -> dict[str, Any] | None:
             identity.
     """
     try:
-        cell = json.loads(path.read_text(encoding="utf-8"))
+        cell = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -374,7 +374,7 @@ def read_cell(path: Path) -> dict[str, Any] | None:
     wanted = {"format": FORMAT, "version": VERSION, "key": path.stem}
     if not isinstance(cell, dict) or any(cell.get(key) != wanted[key] for key in wanted):
         raise WinaError(f"{path} is no cell of this version: remove it to measure it again")
-    if _digest(cell["identity"]) != path.stem:
+    if _digest(cell.get("identity")) != path.stem:
         raise WinaError(f"{path} was altered: its name does not fit its identity. Remove it.")
     return cell
 

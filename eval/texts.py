@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
+import zlib
 from pathlib import Path
 
 from wina.errors import WinaError
+from wina.files import parse_json
 from wina.texts import bundled
 
 # Fields of a row of JSON that may hold the text, in this order.
@@ -30,7 +31,7 @@ def read_documents(source: str) -> list[str]:
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise WinaError(
             f"cannot read {path}: {error}. Name a file, or `heldout` for the bundled text."
         ) from None
@@ -41,7 +42,7 @@ def read_documents(source: str) -> list[str]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             documents.append(str(next(row[field] for field in FIELDS if field in row)))
         except (ValueError, TypeError, StopIteration):
             raise WinaError(

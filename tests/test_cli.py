@@ -137,3 +137,20 @@ def test_missing_model_folder(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path:
     with pytest.raises(SystemExit):
         main()
     assert "cannot load" in capsys.readouterr().err
+
+
+def test_what_cannot_be_fetched_or_written_is_one_line(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No network and no place to write: exit code 1 and a message, no traceback."""
+    for words in (
+        ["inspect", "--model", "nobody/no-such-model"],
+        ["calibrate", "/proc/plan", "--model", folder, "--tokens", "256"],
+    ):
+        monkeypatch.setattr("sys.argv", ["wina", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 1
+        said = capsys.readouterr().err
+        assert "wina: cannot" in said
+        assert "Traceback" not in said

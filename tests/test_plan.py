@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import plan_for
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import wina
 from wina.errors import PlanError
+from wina.patch import is_patched
 from wina.plan import JSON_FILE, TENSOR_FILE, _digest
+from wina.testing import tiny_model
 
 
 @pytest.fixture
@@ -119,6 +125,89 @@ def test_nan_thresholds_are_refused(llama: nn.Module, tmp_path: Path) -> None:
     next(iter(plan.layers.values())).threshold[3] = torch.nan
     with pytest.raises(PlanError, match=r"q_proj\.threshold.*NaN"):
         wina.SparsityPlan.load(plan.save(tmp_path))
+
+
+FIELDS = [
+    ("threshold", lambda t: t[:-1], r"q_proj\.threshold has shape \(63,\)"),
+    ("threshold", lambda t: t.double(), r"q_proj\.threshold has shape \(64,\) torch.float64"),
+    ("threshold", lambda t: t[None], r"q_proj\.threshold has shape \(1, 64\)"),
+    ("threshold", lambda t: t * torch.nan, r"q_proj\.threshold must be float32 without NaN"),
+    ("sample", lambda t: t[:3], r"q_proj\.sample has shape \(3,\)"),
+    ("sample", lambda t: t.half(), r"q_proj\.sample has shape \(16,\) torch.float16"),
+    ("cutoff", lambda _: torch.nan, "cutoff of .*q_proj is NaN"),
+]
+
+
+@pytest.mark.parametrize(("field", "change", "message"), FIELDS)
+def test_a_meaningless_field_is_named(
+    llama: nn.Module, field: str, change: Callable[[object], object], message: str
+) -> None:
+    """In a plan made by hand, before anything is patched, and so in files (which are parsed so)."""
+    plan = plan_for(llama)
+    name, layer = next(iter(plan.layers.items()))
+    bad = replace(layer, **{field: change(getattr(layer, field))})
+    wrong = replace(plan, layers={**plan.layers, name: bad})
+    with pytest.raises(PlanError, match=message):
+        wina.sparsify(llama, wrong)
+    assert not is_patched(llama)
+
+
+@pytest.mark.parametrize("value", [-1.0, -0.0, 0.0, 1e-45, torch.inf, -torch.inf])
+def test_thresholds_with_a_meaning_are_taken(
+    llama: nn.Module, tmp_path: Path, value: float
+) -> None:
+    """−1, or anything below 0, keeps a channel; +inf drops it; −0 is 0."""
+    plan = plan_for(llama)
+    next(iter(plan.layers.values())).threshold[3] = value
+    again = wina.SparsityPlan.load(plan.save(tmp_path))
+    wina.sparsify(llama, again)
+    layer = llama.model.layers[0].self_attn.q_proj  # type: ignore[union-attr,index]
+    with torch.no_grad():
+        y = layer(torch.eye(64)[3])  # type: ignore[operator]
+    assert bool((y == 0).all()) == (value == torch.inf)
+
+
+@given(
+    values=st.lists(st.floats(width=32, allow_nan=False), min_size=64, max_size=64),
+    share=st.floats(0, 1),
+    cutoff=st.floats(allow_nan=False, allow_infinity=False),
+)
+@settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_saving_loading_and_saving_gives_the_same_bytes(
+    one_plan: wina.SparsityPlan, tmp_path: Path, values: list[float], share: float, cutoff: float
+) -> None:
+    name, layer = next(iter(one_plan.layers.items()))
+    layer = replace(layer, threshold=torch.tensor(values), realised=share, cutoff=cutoff)
+    plan = replace(one_plan, layers={**one_plan.layers, name: layer})
+    first = plan.save(tmp_path / "a")
+    second = wina.SparsityPlan.load(first).save(tmp_path / "b")
+    for file in (JSON_FILE, TENSOR_FILE):
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def one_plan() -> wina.SparsityPlan:
+    return plan_for(tiny_model("llama", num_hidden_layers=1))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_full_disk_keeps_the_old_plan(llama: nn.Module, folder: Path) -> None:
+    """A write that the system refuses half way, for real."""
+    import resource
+
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    other = plan_for(llama, sparsity=0.3)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            other.save(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    wina.SparsityPlan.load(other.save(folder))
 
 
 def test_failed_save_keeps_the_old_plan(

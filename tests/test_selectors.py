@@ -97,3 +97,14 @@ def test_levels_are_the_masks(selector: str) -> None:
         if selector == "statistical":
             continue  # these scores are not normally distributed
         assert float((~keep).float().mean()) == pytest.approx(sparsity, abs=0.02)
+
+
+def test_channels_without_weights_are_dropped_whatever_the_cutoff() -> None:
+    weight = torch.randn(8, 5)
+    weight[:, 2] = 0
+    scores = ChannelScores([weight], create(CRITERIA, "l2-norm"), create(SELECTORS, "threshold"), 0)
+    for cutoff in (0.0, 1e-42, 1.0):
+        threshold = scores.threshold(cutoff)
+        assert threshold[2] == torch.inf
+        assert not threshold.isnan().any()
+    assert (scores.threshold(-1.0) == -1.0).all()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -349,33 +350,28 @@ class _Calibrator:
         def gate(layer: _Layer) -> Any:
             return lambda _, __, activated: layer.see(activated)
 
-        handles = [module.register_forward_hook(gate(down)) for module, down in self.gates]
-        for layer in self.layers.values():
-            handles += [
-                layer.module.register_forward_pre_hook(before(layer)),
-                layer.module.register_forward_hook(after(layer)),
-            ]
         counted = torch.arange(windows.shape[1]) >= self.prefill.start(windows.shape[1])
         counted = counted.repeat(len(windows))
         # Where a correction compares, the first copy of the text runs dense.
         counted = torch.cat([torch.zeros_like(counted)] * (self.copies - 1) + [counted])
-        training = self.decoder.training
         device = next(self.decoder.parameters()).device
-        self.decoder.eval()
-        try:
+        with ExitStack() as stack:  # undoes all that was done, wherever this is stopped
+            stack.callback(self.decoder.train, self.decoder.training)
+            self.decoder.eval()
+            for module, down in self.gates:
+                stack.callback(module.register_forward_hook(gate(down)).remove)
+            for layer in self.layers.values():
+                stack.callback(layer.put_back)
+                linear = layer.module
+                stack.callback(linear.register_forward_pre_hook(before(layer)).remove)
+                stack.callback(linear.register_forward_hook(after(layer)).remove)
             for experts in self.experts.values():
-                experts.fused.module.forward = partial(experts.forward, counted.to(device))
+                own = experts.fused.module
+                stack.callback(own.__dict__.pop, "forward", None)
+                own.forward = partial(experts.forward, counted.to(device))
             with torch.no_grad():
                 twice = torch.cat([windows] * self.copies)
                 self.decoder(input_ids=twice.to(device), use_cache=False)
-        finally:
-            self.decoder.train(training)
-            for experts in self.experts.values():
-                experts.fused.module.__dict__.pop("forward", None)
-            for handle in handles:
-                handle.remove()
-            for layer in self.layers.values():
-                layer.put_back()
 
 
 class _Layer:

@@ -116,7 +116,10 @@ def calibrate(
     texts = None if text is None else [read_text(text)]
     give_rotation(loaded, config.rotation_spec, tokenizer)
     plan = wina.calibrate(loaded, tokenizer, config, texts)
-    plan.save(output)
+    try:
+        plan.save(output)
+    except OSError as error:
+        raise WinaError(f"cannot save the plan: {error}") from None
     print(f"{output}: {method} at {sparsity:.0%}, realised {plan.realised:.3f} on calibration text")
 
 

@@ -155,6 +155,8 @@ class SparsityConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SparsityConfig:
         """Inverse of :meth:`to_dict`; an unknown field raises :class:`ConfigError`."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"settings are an object with names, not {values!r}")
         known = {field.name: field for field in fields(cls)}
         unknown = sorted(set(values) - set(known))
         if unknown:
@@ -171,8 +173,15 @@ class SparsityConfig:
 
 
 def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
         raise ConfigError(f"{name} must be a finite number, not {value!r}")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

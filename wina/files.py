@@ -1,12 +1,34 @@
-"""Files that are whole or absent, whatever happens while they are written."""
+"""Files that are whole or absent whatever happens while they are written, and strangers' JSON."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 _MARK = ".partial"
+_LARGEST = 2**63
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value; whatever cannot be used raises ValueError, and nothing else does.
+
+    That includes lists nested too deeply for Python, and integers of more than 64 bits, which no
+    float or tensor would take.
+    """
+    try:
+        return json.loads(text, parse_int=_integer)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _integer(digits: str) -> int:
+    value = int(digits)
+    if not -_LARGEST <= value < _LARGEST:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return value
 
 
 def write_atomically(path: Path, data: bytes) -> None:

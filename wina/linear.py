@@ -286,6 +286,12 @@ class SparseLinear(nn.Linear):
             self.group.settle()
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # Where a copy arrives in another process no kernels are loaded yet: asking loads them.
+        if self.choice.backend.refuses(self._layer()) is not None:
+            self.choice = self._choose_again()
+
     def _choose_again(self) -> Choice:
         """The backend after a move or a cast: the weight keeps the layout it was patched with."""
         choice = choose(self._layer())

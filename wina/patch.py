@@ -118,8 +118,8 @@ class Patch:
 
     def drop_originals(self) -> None:
         """Free the original weights, which nothing reads any more: there is no way back then."""
-        self.replaced.clear()
         self.dropped = True
+        self.replaced.clear()
 
     def undo(self) -> None:
         """Put the original modules and weight layouts back, last change first.
@@ -207,6 +207,9 @@ def apply_plan(
     patch = Patch(plan, Control(protocol, backend))
     rounds = config.weight_dtype is not None
     title = f"rounding weights to {config.weight_dtype}"
+    # From here on the model knows what was done to it, so that an undoing that is interrupted in
+    # its turn can be finished by `restore`.
+    model.__dict__[_ATTRIBUTE] = patch
     try:
         gated = {
             name: found
@@ -247,12 +250,11 @@ def apply_plan(
             assert mlp is not None
             _replace(patch, parent, leaf, mlp, SparseGatedMLP(mlp, found, gate_mask))
     except BaseException:
-        patch.undo()
+        restore(model)
         raise
     # Not before all is done: an interrupted patch gives the model back as it was.
     if rounds and not keep_original:
         patch.drop_originals()
-    model.__dict__[_ATTRIBUTE] = patch
 
 
 def _form_groups(model: nn.Module, plan: SparsityPlan, fused: Container[str]) -> None:

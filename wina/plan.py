@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,7 @@ from wina.config import SparsityConfig
 from wina.corrections import Terms
 from wina.errors import PlanError, WinaError
 from wina.experts import recognise_experts
-from wina.files import write_atomically
+from wina.files import parse_json, write_atomically
 from wina.projections import Projection
 from wina.rotation import NO_ROTATION, rotation_of
 
@@ -66,6 +67,27 @@ class ProjectionPlan:
     threshold: Tensor
     sample: Tensor
     terms: Terms = field(default_factory=Terms)
+
+    def check(self) -> None:
+        """Raise :class:`PlanError`, with the field's name, for a value that means nothing.
+
+        A threshold of −1 (or less) keeps its channel and +inf drops it; NaN would keep it without
+        anybody having said so.
+        """
+        name = self.projection.name
+        for field_name, tensor, length in (
+            ("threshold", self.threshold, self.projection.in_features),
+            ("sample", self.sample, _SAMPLES),
+        ):
+            if tuple(tensor.shape) != (length,) or tensor.dtype != torch.float32:
+                raise PlanError(
+                    f"{name}.{field_name} has shape {tuple(tensor.shape)} {tensor.dtype}, expected "
+                    f"({length},) torch.float32"
+                )
+        if self.threshold.isnan().any():
+            raise PlanError(f"{name}.threshold must be float32 without NaN")
+        if math.isnan(self.cutoff):
+            raise PlanError(f"cutoff of {name} is NaN")
 
 
 @dataclass(frozen=True)
@@ -146,6 +168,7 @@ class SparsityPlan:
             )
         modules = dict(model.named_modules())
         for name, layer in self.layers.items():
+            layer.check()
             module = modules.get(name)
             if not isinstance(module, nn.Linear):
                 raise PlanError(f"the plan names {name}, which is no linear layer of this model")
@@ -253,8 +276,8 @@ class SparsityPlan:
                 f"{path} is no plan folder: {error.strerror} ({error.filename})"
             ) from None
         try:
-            document = json.loads(raw)
-        except (ValueError, RecursionError):
+            document = parse_json(raw)
+        except ValueError:
             raise PlanError(f"{path / JSON_FILE} is not JSON: truncated or altered") from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise PlanError(f"{path / JSON_FILE} is not a {FORMAT} file")
@@ -284,11 +307,8 @@ class SparsityPlan:
                 in_features=_typed(row, "in_features", int),
                 out_features=_typed(row, "out_features", int),
             )
-            threshold = tensors[f"{name}.threshold"]
-            if tuple(threshold.shape) != (projection.in_features,):
-                raise PlanError(f"{name}.threshold has shape {tuple(threshold.shape)}")
-            if threshold.dtype != torch.float32 or threshold.isnan().any():
-                raise PlanError(f"{name}.threshold must be float32 without NaN")
+            if name in layers:
+                raise PlanError(f"projections names {name} twice")
             terms = Terms.stored(tensors, f"{name}.correction.")
             terms.check(name, projection.in_features, projection.out_features)
             layers[name] = ProjectionPlan(
@@ -296,10 +316,11 @@ class SparsityPlan:
                 sparsity=_share(row, "sparsity"),
                 realised=_share(row, "realised"),
                 cutoff=float(_typed(row, "cutoff", (int, float))),
-                threshold=threshold,
+                threshold=tensors[f"{name}.threshold"],
                 sample=tensors[f"{name}.sample"],
                 terms=terms,
             )
+            layers[name].check()
         return cls(
             config=SparsityConfig.from_dict(document["config"]),
             model_type=_typed(document, "model_type", str),

@@ -8,7 +8,7 @@ that way. Knows nothing of sparsity.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -309,12 +309,10 @@ def _observe_inputs(
 
 @contextmanager
 def _pre_hooks(modules: Mapping[str, nn.Module], hook: Callable[[str], Any]) -> Iterator[None]:
-    handles = [m.register_forward_pre_hook(hook(name)) for name, m in modules.items()]
-    try:
+    with ExitStack() as stack:  # a stop between two registrations leaves none behind
+        for name, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(hook(name)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _run_two_tokens(model: nn.Module) -> None:

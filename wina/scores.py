@@ -70,10 +70,13 @@ class ChannelScores:
             histogram.add(scores)
 
     def threshold(self, cutoff: float) -> Tensor:
-        """τ/c [K] float32; a cut-off of −1 keeps every channel, whatever its c."""
+        """τ/c [K] float32; a cut-off of −1 keeps every channel, whatever its c.
+
+        A channel without weights (c = 0) scores 0 and is dropped, also where τ is 0.
+        """
         if cutoff == -1.0:
             return torch.full_like(self.constants, -1.0)
-        return cutoff / self.constants
+        return torch.where(self.constants == 0.0, torch.inf, cutoff / self.constants)
 
     def cutoff(self, histogram: ScoreHistogram, sparsity: float) -> float:
         """τ for a share of channels, from the scores counted so far."""

@@ -6,7 +6,6 @@ hold what was measured, and runs of ``wina bench decode`` may lie beside ``grid.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from wina.bench import runs
 from wina.errors import WinaError
+from wina.files import parse_json
 
 FORMAT = "wina-eval"
 VERSION = 1
@@ -142,6 +142,9 @@ def load(folder: Path, benches: Sequence[Path] = ()) -> Grid:
         }
     except (KeyError, TypeError, ValueError) as error:
         raise WinaError(f"{folder / 'grid.json'} does not name its cells ({error!r})") from None
+    for field, kind in (("tasks", list), ("versions", dict)):
+        if not isinstance(header.get(field, kind()), kind):
+            raise WinaError(f"{folder / 'grid.json'}: {field} must be a {kind.__name__} in JSON")
     cells, warnings = _cells(folder / "cells", named)
     beside = [path for path in sorted(folder.glob("*.json")) if _is_decode_run(path)]
     found = [_decode_run(path) for path in dict.fromkeys([*beside, *benches])]
@@ -161,9 +164,11 @@ def _cells(folder: Path, named: Mapping[Key, str]) -> tuple[dict[Key, Cell], lis
     warnings = []
     for key, name in named.items():
         path = folder / f"{name}.json"
-        if not path.exists():
-            continue
         try:
+            if not name.isalnum():  # a digest, and no way out of the folder
+                raise ValueError("its key is no digest")
+            if not path.exists():
+                continue
             data = _document(path)
             if data is None or data.get("format") != FORMAT or data.get("version") != VERSION:
                 raise ValueError("no cell of this version")
@@ -171,7 +176,7 @@ def _cells(folder: Path, named: Mapping[Key, str]) -> tuple[dict[Key, Cell], lis
             if cell.key != key:
                 raise ValueError(f"it is a cell of {cell.method}, {cell.sparsity}, {cell.task}")
             cells[key] = cell
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
             warnings.append(f"{path.name} is left out ({error}): remove it and measure it again")
     return cells, warnings
 
@@ -229,7 +234,7 @@ def _rows(values: Any) -> tuple[float, ...]:
 def _document(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None if the file is missing, damaged or something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

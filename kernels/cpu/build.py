@@ -2,6 +2,7 @@
 
 ``load()`` is the only entry point. It knows the compiler, the flags, the cache folder and how to
 share it between processes; it knows nothing of the operators' schemas or of when to use them.
+Tests take :func:`build_library` to build what the cache never sees.
 
 The compiler is driven directly rather than through ``torch.utils.cpp_extension.load``: the shared
 object must appear in the cache in one atomic rename, and must be linked *without* ``-fopenmp``, so
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ import torch
 from wina.cache import cache_root
 from wina.progress import progress
 
-__all__ = ["load"]
+__all__ = ["build_library", "load"]
 
 FOLDER = Path(__file__).resolve().parent
 SOURCES = tuple(sorted(FOLDER.glob("*.cpp")))
@@ -118,7 +119,8 @@ def _load() -> str | None:
     # Inside the cache folder, so that the rename below stays on one file system.
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as private:
         built = Path(private) / "wina.so"
-        _build(compiler, built)
+        with _announced():
+            build_library(compiler, built)
         if folder is not None:
             kept = folder / f"{key}-{_digest(built.read_bytes())}.so"
             try:
@@ -226,13 +228,24 @@ def _cache_folder() -> Path | None:
     return folder
 
 
-def _build(compiler: str, output: Path) -> None:
+def build_library(
+    compiler: str, output: Path, sources: Sequence[Path] = SOURCES, extra: Sequence[str] = ()
+) -> None:
+    """Compile sources against torch into a shared object: the kernels, unless told otherwise.
+
+    Args:
+        compiler: absolute path.
+        output: the shared object; objects are made, and removed, beside it.
+        sources: C++ files of different names.
+        extra: further flags of every step, last. A library made with any is for whoever asked for
+            it: the cache's key does not know them, so it must not go there.
+    """
     includes = [word for path in INCLUDE_PATHS for word in ("-isystem", path)]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-    flags = [*COMPILE_FLAGS, *_machine_flags(), *_openmp_flags(compiler), abi, *includes]
+    flags = [*COMPILE_FLAGS, *_machine_flags(), *_openmp_flags(compiler), abi, *includes, *extra]
     libraries = str(TORCH / "lib")
-    extra = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    objects = [output.with_name(f"{source.stem}.o") for source in SOURCES]
+    later = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    objects = [output.with_name(f"{source.stem}.o") for source in sources]
 
     def run(command: list[str]) -> None:
         answer = _run(command, timeout=COMPILE_TIMEOUT, cwd=str(output.parent))
@@ -244,11 +257,10 @@ def _build(compiler: str, output: Path) -> None:
     def compile_one(source: Path, target: Path) -> None:
         run([compiler, *flags, "-c", str(source), "-o", str(target)])
 
-    with _announced():
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(compile_one, SOURCES, objects))
-        run([compiler, *map(str, objects), "-o", str(output), f"-L{libraries}", *LINK_FLAGS,
-             *extra])  # fmt: skip
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compile_one, sources, objects))
+    run([compiler, *map(str, objects), "-o", str(output), f"-L{libraries}", *LINK_FLAGS,
+         *later, *extra])  # fmt: skip
     for target in objects:
         target.unlink()
 

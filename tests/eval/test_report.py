@@ -257,7 +257,7 @@ def test_other_folders_are_refused(tmp_path: Path, text: str | None, message: st
 
 def test_other_benches_are_refused(tmp_path: Path) -> None:
     folder = make_grid(tmp_path / "grid", ["piqa"])
-    run = {**bench([], []), "bench": "kernels"}
+    run = {**bench([], []), "bench": "kernels", "rows": []}
     (tmp_path / "kernels.json").write_text(json.dumps(run))
     with pytest.raises(WinaError, match="kernels run"):
         load(folder, [tmp_path / "kernels.json"])

@@ -98,6 +98,13 @@ def test_cache_open_to_others_is_not_used(
     assert build._cache_folder() is None
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write")
+def test_read_only_cache_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/proc: a mode does not stop the super-user."""
+    monkeypatch.setenv("WINA_CACHE_DIR", "/proc/wina")
+    assert build._cache_folder() is None
+
+
 def test_relative_cache_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WINA_CACHE_DIR", "here")
     assert build._cache_folder() is None

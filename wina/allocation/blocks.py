@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -117,8 +117,6 @@ def visit_blocks(
     decoder = decoder_of(problem.model)
     blocks = decoder_blocks(problem.model)
     device = next(decoder.parameters()).device
-    training = decoder.training
-    handles = []
 
     def hook_of(index: int) -> Callable[..., None]:
         units = [unit for unit in problem.units if unit.projections[0].block == index]
@@ -129,18 +127,14 @@ def visit_blocks(
 
         return hook
 
-    with progress(title, len(blocks), problem.show_progress) as advance:
-        try:
-            for index, (_, block) in enumerate(blocks):
-                hook = hook_of(index)
-                handles.append(block.register_forward_hook(hook, with_kwargs=True))
-            decoder.eval()
-            with torch.no_grad():
-                decoder(input_ids=windows.to(device), use_cache=False)
-        finally:
-            decoder.train(training)
-            for handle in handles:
-                handle.remove()
+    with progress(title, len(blocks), problem.show_progress) as advance, ExitStack() as stack:
+        stack.callback(decoder.train, decoder.training)
+        for index, (_, block) in enumerate(blocks):
+            hook = hook_of(index)
+            stack.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
+        decoder.eval()
+        with torch.no_grad():
+            decoder(input_ids=windows.to(device), use_cache=False)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ for every projection and every sparsity on a grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,32 +130,26 @@ def frozen(model: nn.Module) -> Iterator[None]:
         return embedded.detach().requires_grad_() if torch.is_grad_enabled() else embedded
 
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    handle = embedding.register_forward_hook(start)
-    try:
+    with ExitStack() as stack:  # undoes all that was done, wherever this is stopped
+        for module, training in modes:
+            stack.callback(setattr, module, "training", training)
+        for parameter in wanted:
+            stack.callback(parameter.requires_grad_)
+        stack.callback(embedding.register_forward_hook(start).remove)
         model.eval()
         for parameter in wanted:
             parameter.requires_grad_(False)
         with torch.enable_grad():
             yield
-    finally:
-        handle.remove()
-        for parameter in wanted:
-            parameter.requires_grad_()
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
 def _attached(model: nn.Module, probes: Sequence[_Probe]) -> Iterator[None]:
-    handles = []
-    try:
+    with ExitStack() as stack:
         for probe in probes:
-            handles.append(probe.module.register_forward_pre_hook(probe.before))
-            handles.append(probe.module.register_forward_hook(probe.after))
+            stack.callback(probe.module.register_forward_pre_hook(probe.before).remove)
+            stack.callback(probe.module.register_forward_hook(probe.after).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Probe:
