@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,11 +19,12 @@ from wina.api import sparsify
 from wina.bench.machine import machine_card
 from wina.config import SparsityConfig
 from wina.errors import ConfigError
-from wina.inspection import measure_sparsity
+from wina.inspection import extra_bytes, measure_sparsity
 from wina.methods import METHODS
 from wina.patch import is_patched, prefill_protocol, restore
 from wina.prefill import parse_prefill
 from wina.progress import progress
+from wina.rotation import rotated
 from wina.texts import bundled, to_windows
 
 
@@ -35,11 +36,13 @@ class Perplexity:
         nats: mean negative log-likelihood per predicted token.
         tokens: number of predicted tokens.
         realised: share of projection weights skipped by the tokens that were sparse; 0 if dense.
+        by_projection: that of each projection, by name; empty if dense.
     """
 
     nats: float
     tokens: int
     realised: float
+    by_projection: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -83,7 +86,9 @@ def perplexity(
             total += float(F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))
             count += ids[:, 1:].numel()
             advance(len(ids))
-    return Perplexity(total / count, count, counter.mean if counter else 0.0)
+    if counter is None:
+        return Perplexity(total / count, count, 0.0)
+    return Perplexity(total / count, count, counter.mean, counter.by_projection)
 
 
 def strided_windows(stream: Tensor, window: int, stride: int) -> list[tuple[Tensor, int]]:
@@ -168,18 +173,20 @@ def compare(
     baseline = perplexity(model, windows, title="scoring dense", show_progress=show_progress)
     rows = [_row("dense", 0.0, baseline, baseline)]
     for config in configs:
-        sparsify(
-            model, config, tokenizer=tokenizer, keep_original=True, show_progress=show_progress
-        )
-        try:
-            title = f"scoring {config.method} at {config.sparsity:.0%}"
-            scored = perplexity(
-                model, windows, prefill, config.sink_tokens, title=title,
-                show_progress=show_progress,
-            )  # fmt: skip
-        finally:
-            restore(model)
-        rows.append(_row(config.method, config.sparsity, scored, baseline))
+        with rotated(model, config.rotation_spec, tokenizer, show_progress):
+            sparsify(
+                model, config, tokenizer=tokenizer, keep_original=True, show_progress=show_progress
+            )
+            try:
+                title = f"scoring {config.method} at {config.sparsity:.0%}"
+                scored = perplexity(
+                    model, windows, prefill, config.sink_tokens, title=title,
+                    show_progress=show_progress,
+                )  # fmt: skip
+                extra = extra_bytes(model)
+            finally:
+                restore(model)
+        rows.append(_row(config.method, config.sparsity, scored, baseline, extra))
         if show_progress:
             Console(stderr=True).print(
                 f"{config.method} at {config.sparsity:.0%}: perplexity {scored.perplexity:.3f}, "
@@ -189,14 +196,16 @@ def compare(
     return rows
 
 
-def _row(method: str, sparsity: float, scored: Perplexity, baseline: Perplexity) -> dict[str, Any]:
+def _row(
+    method: str, sparsity: float, scored: Perplexity, baseline: Perplexity, extra_bytes: int = 0
+) -> dict[str, Any]:
     return {
         "method": method,
         "sparsity": sparsity,
         "realised_bytes_sparsity": scored.realised,
         "perplexity": scored.perplexity,
         "nats_over_dense": scored.nats - baseline.nats,
-        "extra_bytes": 0,
+        "extra_bytes": extra_bytes,
         "tokens": scored.tokens,
     }
 

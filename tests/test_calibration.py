@@ -4,18 +4,19 @@ from conftest import CALIBRATION, config, logits, plan_for
 from torch import nn
 
 import wina
-from wina.allocation import Needs
 from wina.errors import CalibrationError, PatchStateError
 from wina.eval.perplexity import perplexity
 from wina.methods import METHODS
+from wina.needs import Needs
 from wina.testing import random_tokens, tiny_model, tiny_tokenizer
 from wina.texts import to_windows
 
-# Methods whose policy has more to do are covered by tests/allocation.
+# Methods whose policy has more to do are covered by tests/allocation, those that want a rotated
+# model by tests/rotation.
 CHEAP_METHODS = [
     name
     for name, method in ((name, METHODS[name]) for name in METHODS)
-    if not method.dense and method.needs == Needs.NOTHING
+    if not method.dense and method.needs == Needs.NOTHING and method.rotation == "none"
 ]
 
 
@@ -122,6 +123,8 @@ def test_bundled_text_is_the_default(llama: nn.Module) -> None:
         "tokens": 1024,
         "criterion": "l2-norm",
         "allocation": "uniform",
+        "correction": "none",
+        "rotation": "none",
     }
     assert plan.realised == pytest.approx(0.5, abs=0.01)
 

@@ -29,7 +29,7 @@ def test_public_names() -> None:
 
     assert set(wina.__all__) == {
         "SparsityConfig", "SparsityPlan", "WinaConfig", "WinaError", "calibrate", "dense",
-        "inspect", "restore", "sparsify",
+        "inspect", "restore", "rotate", "sparsify", "unrotate",
     }  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def projection(key: str, value: object) -> Callable[[dict], None]:  # type: igno
         (truncate(JSON_FILE, 0), "not JSON"),
         (truncate(TENSOR_FILE, 50), "altered"),
         (flip(TENSOR_FILE), "altered"),
-        (edit(lambda d: d.__setitem__("version", 99)), "version 99.*reads versions 1 and 2"),
+        (edit(lambda d: d.__setitem__("version", 99)), "version 99.*reads versions 2 and 3"),
         (edit(lambda d: d.__setitem__("format", "other")), "not a wina-plan"),
         (edit(lambda d: d["config"].__setitem__("sparsity", 0.6), seal=False), "checksum"),
         (edit(lambda d: d["config"].__setitem__("sparsity", 7)), "sparsity"),

@@ -14,6 +14,7 @@ from wina.inspection import inspect
 from wina.integrations.on_import import when_imported
 from wina.patch import dense, restore
 from wina.plan import SparsityPlan
+from wina.rotation import rotate, unrotate
 
 if TYPE_CHECKING:
     from wina.integrations.transformers import WinaConfig
@@ -29,7 +30,9 @@ __all__ = [
     "dense",
     "inspect",
     "restore",
+    "rotate",
     "sparsify",
+    "unrotate",
 ]
 
 

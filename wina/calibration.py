@@ -2,9 +2,12 @@
 
 The work is done inside one forward pass of the decoder. When a projection is about to run, its
 scores over all calibration tokens are counted, its cut-off is read off the histogram, and its
-inputs are masked with it at once; so whatever runs later sees what the sparse model will produce
-("sequential" statistics), and the realised sparsity is the one asked for. With "dense" statistics
-the inputs are not masked.
+inputs are masked with it at once; its correction is fitted and added to its products. So whatever
+runs later sees what the sparse model will produce ("sequential" statistics), and the realised
+sparsity is the one asked for. With "dense" statistics the inputs are not masked.
+
+A correction that compares with the dense model gets it in the same pass: the windows run twice, as
+the two halves of one batch, and only the second half is masked.
 """
 
 from __future__ import annotations
@@ -12,16 +15,19 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wina.allocation import Problem, Uniform, Unit
+from wina.allocation import Measurements, Problem, Uniform, Unit
 from wina.config import SparsityConfig
+from wina.corrections import Products, Terms
 from wina.errors import CalibrationError, PatchStateError
 from wina.experts import ROLES, ExpertsCalibrator, FusedExperts
+from wina.methods import METHODS
 from wina.plan import (
     ExpertsPlan,
     ProjectionPlan,
@@ -40,6 +46,7 @@ from wina.projections import (
     group_members,
     model_type_of,
 )
+from wina.rotation import check_rotation, rotation_of
 from wina.scores import ChannelScores, rounded
 from wina.statistics import ScoreHistogram
 from wina.texts import bundled, to_windows
@@ -60,6 +67,7 @@ def calibrate(
     config: SparsityConfig | None = None,
     texts: Iterable[str] | Iterable[Tensor] | Tensor | None = None,
     show_progress: bool = True,
+    measurements: Measurements | None = None,
 ) -> SparsityPlan:
     """Find the thresholds of every projection.
 
@@ -69,6 +77,8 @@ def calibrate(
         config: defaults to ``SparsityConfig()``.
         texts: strings, a column of a dataset, or token ids; the bundled text by default.
         show_progress: draw a progress bar on stderr.
+        measurements: where allocation policies keep what they measured, for calibrations of this
+            model with this text at other sparsities and with other selectors.
 
     Returns:
         The plan for :func:`wina.sparsify`.
@@ -76,13 +86,14 @@ def calibrate(
     Raises:
         UnsupportedModelError: a module does not fit; the message names it.
         CalibrationError: the text is too short, or a projection received NaN or Inf.
-        PatchStateError: the model is sparsified already.
+        PatchStateError: the model is sparsified already, or not rotated as the method wants it.
     """
     config = config or SparsityConfig()
     if hasattr(model, "_wina_patch"):
         raise PatchStateError(
             "the model is sparsified: call wina.restore(model) before calibrating"
         )
+    check_rotation(model, config.rotation_spec)
     projections = find_projections(model)
     windows = to_windows(
         bundled("calibration") if texts is None else texts,
@@ -93,26 +104,31 @@ def calibrate(
     if windows.shape[1] <= config.sink_tokens + 1:
         raise CalibrationError(f"the text is too short: {windows.numel()} tokens")
     units = _units(projections, config)
-    scores = _scores(model, units, config)
     experts = find_experts(model)
     _tell_what_stays_dense(model, projections, [fused for fused, _ in experts.values()])
-    experts_scores = {
-        name: _scores_of_experts(name, fused, config) for name, (fused, _) in experts.items()
-    }
 
-    def run(sparsities: Mapping[str, float], title: str, show: bool) -> _Calibrator:
-        calibrator = _Calibrator(model, projections, scores, sparsities, config)
+    def calibrator(
+        scores: Mapping[str, ChannelScores], sparsities: Mapping[str, float]
+    ) -> _Calibrator:
+        made = _Calibrator(model, projections, scores, sparsities, config)
         # Policies divide the budget over projections; experts have the share that was asked for.
-        sequential = config.statistics == "sequential"
-        calibrator.experts = {
-            name: ExpertsCalibrator(fused, experts_scores[name], config.sparsity, sequential)
+        made.experts = {
+            name: ExpertsCalibrator(
+                fused,
+                _scores_of_experts(name, fused, config),
+                config.sparsity,
+                config.statistics == "sequential",
+            )
             for name, (fused, _) in experts.items()
         }
-        calibrator.run(windows, title, show)
-        return calibrator
+        return made
+
+    # Policies look at masks with one cut-off for all tokens, whatever the selector: as TEAL's
+    # histograms do, from which WINA's top-k budgets come as well.
+    seen = _scores(model, units, replace(config, selector="threshold"))
 
     def thresholds(sparsities: Mapping[str, float]) -> dict[str, Tensor]:
-        layers = run(problem.by_projection(sparsities), "", show=False).plans()
+        layers = calibrator(seen, problem.by_projection(sparsities)).run(windows, "", False)
         return {name: layer.threshold for name, layer in layers.items()}
 
     problem = Problem(
@@ -120,15 +136,28 @@ def calibrate(
         sparsity=config.sparsity,
         model=model,
         windows=windows,
-        scores=scores,
+        scores=seen,
         sink_tokens=config.sink_tokens,
         thresholds=thresholds,
+        measurements=measurements,
+        about={
+            "criterion": config.criterion_spec,
+            "criteria": {} if config.criterion else dict(METHODS[config.method].criteria),
+            "rotation": rotation_of(model),
+            "tokens": windows.numel(),
+            "window": config.window,
+            **{
+                name: getattr(config, name)
+                for name in ("mask", "sink_tokens", "weight_dtype", "seed")
+            },
+        },
         show_progress=show_progress,
     )
     allocation = config.make_allocation() if config.sparsity else Uniform()
     sparsities = problem.by_projection(allocation.allocate(problem))
     title = f"calibrating {config.method} at {config.sparsity:.0%}"
-    found = run(sparsities, title, show_progress)
+    found = calibrator(_scores(model, units, config), sparsities)
+    layers = found.run(windows, title, show_progress)
     return SparsityPlan(
         config=config,
         model_type=model_type_of(model),
@@ -137,8 +166,10 @@ def calibrate(
             "tokens": windows.numel(),
             "criterion": config.criterion_spec,
             "allocation": config.allocation_spec,
+            "correction": config.correction_spec,
+            "rotation": rotation_of(model),
         },
-        layers=found.plans(),
+        layers=layers,
         experts={
             projection.name: _plan_of_experts(projection, found.experts[name], config)
             for name, (_, roles) in experts.items()
@@ -179,7 +210,7 @@ def _scores(
         modules = [model.get_submodule(projection.name) for projection in unit.projections]
         shared = ChannelScores(
             weights=[module.weight for module in modules],  # type: ignore[misc]
-            criterion=config.make_criterion(),
+            criterion=config.make_criterion(_deciding_role(unit, config)),
             selector=config.make_selector(),
             seed=config.seed + zlib.crc32(unit.name.encode()),
             weight_dtype=config.weight_dtype,
@@ -196,7 +227,7 @@ def _scores_of_experts(
         role: [
             ChannelScores(
                 weights=[fused.weight(role, expert)],
-                criterion=config.make_criterion(),
+                criterion=config.make_criterion(role),
                 selector=config.make_selector(),
                 seed=config.seed + zlib.crc32(f"{name}.{role}.{expert}".encode()),
             )
@@ -221,6 +252,13 @@ def _plan_of_experts(
     )
 
 
+def _deciding_role(unit: Unit, config: SparsityConfig) -> str:
+    """The role whose criterion a unit takes: one that the method names, if it has one."""
+    named = METHODS[config.method].criteria
+    roles = [projection.role for projection in unit.projections]
+    return next((role for role in roles if role in named), roles[0])
+
+
 class _Calibrator:
     def __init__(
         self,
@@ -231,6 +269,7 @@ class _Calibrator:
         config: SparsityConfig,
     ) -> None:
         self.decoder = decoder_of(model)
+        self.copies = 2 if config.make_correction().compares else 1
         self.prefill = Prefill(1.0, config.sink_tokens)
         self.experts: dict[str, ExpertsCalibrator] = {}
         self.layers = {}
@@ -240,12 +279,8 @@ class _Calibrator:
             name = projection.name
             self.layers[name] = _Layer(projection, module, scores[name], sparsities[name], config)
 
-    def plans(self) -> dict[str, ProjectionPlan]:
-        """What was found for the projections, by name."""
-        return {name: layer.plan() for name, layer in self.layers.items()}
-
-    def run(self, windows: Tensor, title: str, show_progress: bool) -> None:
-        """Find all cut-offs."""
+    def run(self, windows: Tensor, title: str, show_progress: bool) -> dict[str, ProjectionPlan]:
+        """Find all cut-offs; gives those of the projections."""
         chunks = windows.split(max(1, CHUNK_TOKENS // windows.shape[1]))
         passes = 1 if len(chunks) == 1 else 1 + len(chunks)
         with progress(title, passes * len(self.layers), show_progress) as advance:
@@ -258,9 +293,10 @@ class _Calibrator:
                 for chunk in chunks:
                     self._forward(chunk, advance)
                 for layer in self.layers.values():
-                    layer.set_cutoff()
+                    layer.finish()
                 for experts in self.experts.values():
                     experts.set_cutoffs()
+        return {name: layer.plan() for name, layer in self.layers.items()}
 
     def _forward(self, windows: Tensor, advance: Advance) -> None:
         def before(layer: _Layer) -> Any:
@@ -273,7 +309,11 @@ class _Calibrator:
             return hook
 
         def after(layer: _Layer) -> Any:
-            return lambda *_: layer.put_back()
+            def hook(_: nn.Module, __: Any, y: Tensor) -> Tensor:
+                layer.put_back()
+                return layer.correct(y)
+
+            return hook
 
         handles = []
         for layer in self.layers.values():
@@ -283,6 +323,8 @@ class _Calibrator:
             ]
         counted = torch.arange(windows.shape[1]) >= self.prefill.start(windows.shape[1])
         counted = counted.repeat(len(windows))
+        if self.copies == 2:  # the first copy of the text is the dense model's, see `_Layer.see`
+            counted = torch.cat([torch.zeros_like(counted), counted])
         training = self.decoder.training
         device = next(self.decoder.parameters()).device
         self.decoder.eval()
@@ -290,7 +332,8 @@ class _Calibrator:
             for experts in self.experts.values():
                 experts.fused.module.forward = partial(experts.forward, counted.to(device))
             with torch.no_grad():
-                self.decoder(input_ids=windows.to(device), use_cache=False)
+                twice = torch.cat([windows] * self.copies)
+                self.decoder(input_ids=twice.to(device), use_cache=False)
         finally:
             self.decoder.train(training)
             for experts in self.experts.values():
@@ -324,6 +367,10 @@ class _Layer:
         self.threshold: Tensor | None = None
         self.cutoff = 0.0
         self.dropped = 0
+        self.correction = config.make_correction()
+        self.fit = self.correction.fit()
+        self.terms: Terms | None = None
+        self.left_out: Tensor | None = None
 
     def round_weight(self) -> None:
         """Let the module compute with the weight that it will have, until :meth:`put_back`."""
@@ -338,7 +385,16 @@ class _Layer:
             self.original = None
 
     def see(self, x: Tensor) -> Tensor:
-        """Count the scores of inputs [B, S, K]; return them masked with the current cut-off."""
+        """Count the scores of inputs [B, S, K]; return them masked with the current cut-off.
+
+        Where a correction compares, the first half of the batch is dense, and stays so.
+        """
+        if self.correction.compares:
+            dense, sparse = x.chunk(2)
+            return torch.cat([dense, self._see(sparse)])
+        return self._see(x)
+
+    def _see(self, x: Tensor) -> Tensor:
         start = self.prefill.start(x.shape[-2])
         tokens = x[..., start:, :]
         try:
@@ -350,9 +406,30 @@ class _Layer:
         assert self.threshold is not None
         keep = self.scores.keep(tokens, self.threshold, self.sparsity)
         self.dropped += int((~keep).sum())
+        if self.fit is not None:
+            self.left_out = torch.where(keep, 0.0, tokens)
         if not self.sequential:
             return x
         return torch.cat([x[..., :start, :], torch.where(keep, tokens, 0.0)], dim=-2)
+
+    def correct(self, y: Tensor) -> Tensor:
+        """Fit the correction to the products y [B, S, N] of masked inputs, and add it to them."""
+        if self.fit is None or self.left_out is None:
+            return y
+        dropped, self.left_out = self.left_out, None
+        start = y.shape[-2] - dropped.shape[-2]
+        copies = 2 if self.correction.compares else 1
+        halves = [half[..., start:, :].flatten(0, -2) for half in y.chunk(copies)]
+        missing = halves[0] - halves[1] if copies == 2 else None
+        self.fit.add(Products(dropped.flatten(0, -2), missing))
+        if self.terms is None:
+            self.set_terms()
+        assert self.terms is not None
+        if not self.sequential:
+            return y
+        corrected = y.clone()
+        corrected.chunk(copies)[-1][..., start:, :] += self.terms.of(dropped)
+        return corrected
 
     def set_cutoff(self) -> None:
         """Take the cut-off from the scores counted so far."""
@@ -360,9 +437,20 @@ class _Layer:
         self.threshold = self.scores.threshold(self.cutoff)
 
     def restart_statistics(self) -> None:
-        """Forget the counts, keep the cut-off: it stays in use until :meth:`set_cutoff`."""
+        """Forget the counts; cut-off and correction stay in use until :meth:`finish`."""
         self.histogram = ScoreHistogram()
         self.dropped = 0
+        self.fit = self.correction.fit()
+
+    def finish(self) -> None:
+        """Take cut-off and correction from the statistics of all tokens."""
+        self.set_cutoff()
+        self.set_terms()
+
+    def set_terms(self) -> None:
+        """Take the correction from the products seen so far."""
+        if self.fit is not None:
+            self.terms = self.fit.terms(rounded(self.module.weight, self.weight_dtype))
 
     def plan(self) -> ProjectionPlan:
         assert self.threshold is not None
@@ -374,4 +462,5 @@ class _Layer:
             cutoff=self.cutoff,
             threshold=self.threshold.cpu(),
             sample=weight_sample(self.module.weight),
+            terms=(self.terms or Terms()).cpu(),
         )

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from wina.allocation import ALLOCATIONS, Allocation
+from wina.corrections import CORRECTIONS, Correction
 from wina.criteria import CRITERIA, Criterion
 from wina.errors import ConfigError
 from wina.kernels.quantization import FORMATS
 from wina.methods import METHODS
 from wina.prefill import Prefill, parse_prefill
 from wina.registry import create
+from wina.rotation import NO_ROTATION, ROTATIONS
 from wina.selectors import SELECTORS, Selector
 
 MASKS = ("projection", "group")
@@ -28,8 +30,10 @@ class SparsityConfig:
         method: a name of :data:`wina.methods.METHODS`, which sets criterion and allocation.
         sparsity: share of input channels dropped on average, in [0, 1).
         criterion: overrides the method's, such as ``"norm-power:0.3"``.
-        selector: ``"threshold"`` (calibrated, what is deployed), ``"relative"`` or ``"topk"``.
+        selector: overrides the method's: ``"threshold"`` (calibrated, what is deployed),
+            ``"relative"`` or ``"topk"``.
         allocation: overrides the method's.
+        correction: overrides the method's, such as ``"bias"``.
         mask: ``"projection"`` (each its own) or ``"group"`` (q, k, v share one, and gate, up).
         prefill: ``"dense"``, ``"all"`` or ``"last:<share>"``, see :mod:`wina.prefill`.
         sink_tokens: first tokens of a sequence that stay dense outside of decode.
@@ -41,13 +45,16 @@ class SparsityConfig:
         weight_dtype: ``"int8"`` or ``"int4"`` keeps the projections' weights in that width
             (:mod:`wina.kernels.quantization`); None leaves them as they are. Criteria, thresholds
             and statistics are those of the rounded weights.
+        rotation: overrides the method's: what :func:`wina.rotate` must have done to the model, or
+            ``"none"``, which asks for nothing.
     """
 
     method: str = "wina"
     sparsity: float = 0.5
     criterion: str | None = None
-    selector: str = "threshold"
+    selector: str | None = None
     allocation: str | None = None
+    correction: str | None = None
     mask: str = "projection"
     prefill: str = "dense"
     sink_tokens: int = 2
@@ -56,6 +63,7 @@ class SparsityConfig:
     window: int = 512
     seed: int = 0
     weight_dtype: str | None = None
+    rotation: str | None = None
 
     def __post_init__(self) -> None:
         method = METHODS[self.method]
@@ -77,7 +85,14 @@ class SparsityConfig:
             _check_choice("weight_dtype", self.weight_dtype, tuple(FORMATS))
         _check_choice("statistics", self.statistics, STATISTICS)
         self.make_criterion()
+        if self.rotation_spec != NO_ROTATION:
+            create(ROTATIONS, self.rotation_spec)
         self.make_allocation()
+        if self.make_correction().compares and self.statistics == "dense":
+            raise ConfigError(
+                f"correction {self.correction_spec!r} compares with the dense model: "
+                "statistics must be 'sequential'"
+            )
         self.make_selector()
         self.make_prefill()
 
@@ -87,21 +102,40 @@ class SparsityConfig:
         return self.criterion or METHODS[self.method].criterion
 
     @property
+    def selector_spec(self) -> str:
+        """The selector in use: the field, or else the method's."""
+        return self.selector or METHODS[self.method].selector
+
+    @property
+    def rotation_spec(self) -> str:
+        """The rotation that is asked for: the field, or else the method's."""
+        return self.rotation or METHODS[self.method].rotation
+
+    @property
     def allocation_spec(self) -> str:
         """The allocation policy in use: the field, or else the method's."""
         return self.allocation or METHODS[self.method].allocation
 
-    def make_criterion(self) -> Criterion:
-        """The criterion."""
-        return create(CRITERIA, self.criterion_spec)
+    @property
+    def correction_spec(self) -> str:
+        """The correction in use: the field, or else the method's."""
+        return self.correction or METHODS[self.method].correction
+
+    def make_criterion(self, role: str = "") -> Criterion:
+        """The criterion of a projection, by the last part of its name."""
+        return create(CRITERIA, self.criterion or METHODS[self.method].criterion_of(role))
 
     def make_allocation(self) -> Allocation:
         """The allocation policy."""
         return create(ALLOCATIONS, self.allocation_spec)
 
+    def make_correction(self) -> Correction:
+        """The correction."""
+        return create(CORRECTIONS, self.correction_spec)
+
     def make_selector(self) -> Selector:
         """The selector."""
-        return create(SELECTORS, self.selector)
+        return create(SELECTORS, self.selector_spec)
 
     def make_prefill(self) -> Prefill:
         """The prefill protocol."""
@@ -121,7 +155,7 @@ class SparsityConfig:
         for name, value in values.items():
             allowed = (
                 (str, type(None))
-                if name in ("criterion", "allocation", "weight_dtype")
+                if known[name].default is None
                 else ((int, float) if name == "sparsity" else (type(known[name].default),))
             )
             if not isinstance(value, allowed) or isinstance(value, bool):

@@ -63,7 +63,11 @@ class ProjectionGroup:
         """Decide whether the members can share a launch, after they were made, moved or cast."""
         kinds = {(m.choice.backend.name, m.weight.dtype, m.weight.device) for m in self.members}
         backend = self.members[0].choice.backend
-        self._fuses = len(kinds) == 1 and backend.sparse_group is not None
+        self._fuses = (
+            len(kinds) == 1
+            and backend.sparse_group is not None
+            and all(member.one_launch for member in self.members)
+        )
         self._shared = None
         self._wasted = 0
 
@@ -103,7 +107,7 @@ class ProjectionGroup:
             x,
             [m.weight.t() for m in self.members],
             [m.threshold for m in self.members],
-            [m.bias for m in self.members],
+            [m.product_bias for m in self.members],
             scales(self.members, x),
         )
         products = {m.name: y for m, y in zip(self.members, ys, strict=True)}

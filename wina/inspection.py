@@ -26,6 +26,7 @@ from wina.projections import (
     find_projections,
     model_type_of,
 )
+from wina.rotation import rotation_elements
 from wina.sparse_experts import SparseExperts
 
 
@@ -196,6 +197,12 @@ def _fused_with(
     if module.group is not None and module.group.fuses:
         return tuple(member.name.rpartition(".")[2] for member in module.group.members)
     return ()
+
+
+def extra_bytes(model: nn.Module) -> int:
+    """Bytes that a decoded token reads for corrections and rotations, beside the kept weights."""
+    corrections = sum(m.correction_bytes for m in model.modules() if isinstance(m, SparseLinear))
+    return corrections + rotation_elements(model).bytes
 
 
 class RealisedSparsity:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wina.corrections import Terms
 from wina.errors import PatchStateError
 from wina.group import ProjectionGroup, scales
 from wina.kernels.dispatch import Choice, LayerSpec, choose
@@ -72,9 +73,16 @@ class SparseLinear(nn.Linear):
 
     Attributes:
         group: the projections that share a launch with this one, None if it has its own.
+        shift: [N] that the correction adds to sparse products, or None.
+        sparse_bias: bias and ``shift`` together, None without a shift.
+        left, right: [N, r] and [r, K]: the correction adds left·right·(dropped channels); or None.
     """
 
     threshold: Tensor
+    shift: Tensor | None
+    sparse_bias: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
 
     def __init__(
         self,
@@ -84,6 +92,7 @@ class SparseLinear(nn.Linear):
         sparsity: float,
         selector: Selector,
         control: Control,
+        terms: Terms | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's would allocate a second weight
         self.in_features = original.in_features
@@ -98,12 +107,24 @@ class SparseLinear(nn.Linear):
         self.register_buffer(
             "threshold", threshold.to(self.storage.device, torch.float32), persistent=False
         )
+        self._hold_terms(terms or Terms())
         self.choice = choose(self._layer(), control.backend)
         self.group: ProjectionGroup | None = None
 
     def _hold(self, original: nn.Linear) -> None:
         """Take the weight over."""
         self.weight = original.weight
+
+    def _hold_terms(self, terms: Terms) -> None:
+        """Take the correction over, in the dtype of the products."""
+        shift = bias = terms.bias
+        if shift is not None and self.bias is not None:
+            bias = self.bias.detach().float() + shift.to(self.bias.device)
+        for name, term in (
+            ("shift", shift), ("sparse_bias", bias), ("left", terms.left), ("right", terms.right)
+        ):  # fmt: skip
+            held = None if term is None else term.to(self.storage)
+            self.register_buffer(name, held, persistent=False)
 
     @property
     def storage(self) -> Tensor:
@@ -120,6 +141,22 @@ class SparseLinear(nn.Linear):
         """Bytes of the weight in memory."""
         return self.weight.nbytes
 
+    @property
+    def product_bias(self) -> Tensor | None:
+        """The bias of sparse products, [N] or None."""
+        return self.bias if self.sparse_bias is None else self.sparse_bias
+
+    @property
+    def one_launch(self) -> bool:
+        """Whether its sparse product is a kernel and nothing else, so that it can be shared."""
+        return self.left is None
+
+    @property
+    def correction_bytes(self) -> int:
+        """Bytes that a token reads for the correction; a shift of a bias is read with it."""
+        shift = None if self.bias is not None else self.shift
+        return sum(t.nbytes for t in (shift, self.left, self.right) if t is not None)
+
     def _layer(self) -> LayerSpec:
         storage = self.storage
         return LayerSpec(storage.device, storage.dtype, self.in_features, self.out_features)
@@ -132,15 +169,18 @@ class SparseLinear(nn.Linear):
             # A row-major copy of the weight: torch's 16-bit products of the K-major layout, and
             # their gradients, are many times slower on a CPU without 16-bit instructions.
             masked = self.masked(x, start) if padded is None else self._masked_where(x, padded)
-            return F.linear(masked, self.weight.contiguous(), self.bias)
+            y = F.linear(masked, self.weight.contiguous(), self.bias)
+            return self._corrected(y, x, masked, start, padded)
         if padded is not None:
-            return self._dense(self._masked_where(x, padded))
+            masked = self._masked_where(x, padded)
+            return self._corrected(self._dense(masked), x, masked, start, padded)
         if start == 0:
             return self._sparse_with_group(x)
         if start >= sequence_length(x):
             return self._dense(x)
         if not self.choice.backend.k_major:  # it multiplies densely anyway: one product, not two
-            return self._dense(self.masked(x, start))
+            masked = self.masked(x, start)
+            return self._corrected(self._dense(masked), x, masked, start, padded)
         parts = [self._dense(x[..., :start, :]), self._sparse(x[..., start:, :])]
         return torch.cat(parts, dim=-2)
 
@@ -175,17 +215,42 @@ class SparseLinear(nn.Linear):
             keep = keep_mask(x, self.threshold, scale).logical_or_(~sparse.unsqueeze(-1))
         return x * keep
 
+    def _corrected(
+        self, y: Tensor, x: Tensor, masked: Tensor, start: int, sparse: Tensor | None
+    ) -> Tensor:
+        """Products y [..., S, N] of masked inputs, corrected at the tokens that are sparse.
+
+        These are the ones where ``sparse`` [..., S] is True, or else those from ``start`` on.
+        """
+        if self.shift is not None:
+            if sparse is None:
+                sparse = torch.arange(sequence_length(x), device=x.device) >= start
+            y = y + self.shift * sparse.unsqueeze(-1)
+        return self._with_dropped(y, x - masked) if self.left is not None else y
+
+    def _with_dropped(self, y: Tensor, dropped: Tensor) -> Tensor:
+        """y plus the low-rank product of the dropped channels [..., K]."""
+        assert self.left is not None
+        assert self.right is not None
+        return y + F.linear(F.linear(dropped, self.right), self.left)
+
     def _sparse(self, x: Tensor) -> Tensor:
         scale = self._observed_scale(x)
+        y = self._kernel(x, scale)
+        if self.left is None:
+            return y
+        return self._with_dropped(y, x - mask_inputs(x, self.threshold, scale))
+
+    def _kernel(self, x: Tensor, scale: Tensor | None) -> Tensor:
         return self.choice.backend.sparse_linear(
-            x, self.weight.t(), self.threshold, self.bias, scale
+            x, self.weight.t(), self.threshold, self.product_bias, scale
         )
 
     def gate_up(self, up: SparseLinear, x: Tensor, activation: str) -> Tensor:
         """activation(sparse product of this)·(sparse product of ``up``), in one launch."""
         return self.choice.backend.sparse_gate_up(
             x, self.weight.t(), up.weight.t(), self.threshold, up.threshold, activation,
-            self.bias, up.bias, *scales((self, up), x),
+            self.product_bias, up.product_bias, *scales((self, up), x),
         )  # fmt: skip
 
     def _dense(self, x: Tensor) -> Tensor:

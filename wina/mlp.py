@@ -95,7 +95,7 @@ class SparseGatedMLP(nn.Module):
         assert gate is not None
         assert up is not None
         assert down is not None
-        if isinstance(gate, SparseLinear) and isinstance(up, SparseLinear) and _fuses(gate, x):
+        if isinstance(gate, SparseLinear) and isinstance(up, SparseLinear) and _fuses(gate, up, x):
             h = gate.gate_up(up, x, self.gated.activation)
         else:  # an adapter may have been wrapped around them
             h = ACTIVATIONS[self.gated.activation](gate(x)) * up(x)
@@ -103,12 +103,16 @@ class SparseGatedMLP(nn.Module):
         return y
 
 
-def _fuses(gate: SparseLinear, x: Tensor) -> bool:
-    """Whether every token of x is sparse, and nobody looks at the products on their own."""
+def _fuses(gate: SparseLinear, up: SparseLinear, x: Tensor) -> bool:
+    """Whether every token of x is sparse, one launch can give both products, and nobody looks at
+    them on their own.
+    """
     control = gate.control
     return (
         control.observer is None
         and control.first_sparse(x) == 0
         and control.sparse_tokens(x) is None
+        and gate.one_launch
+        and up.one_launch
         and not torch.is_grad_enabled()
     )

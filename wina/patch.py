@@ -222,10 +222,10 @@ def apply_plan(
                 )  # fmt: skip
                 sparse: SparseLinear
                 if config.weight_dtype is None:
-                    sparse = SparseLinear(*settings)
+                    sparse = SparseLinear(*settings, layer.terms)
                     _lay(patch, sparse)
                 else:
-                    sparse = QuantizedSparseLinear(*settings, config.weight_dtype)
+                    sparse = QuantizedSparseLinear(*settings, config.weight_dtype, layer.terms)
                 _replace(patch, parent, leaf, original, sparse)
                 advance()
         for name in plan.expert_modules:

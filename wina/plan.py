@@ -1,7 +1,8 @@
 """The result of calibration: which channels of which projection may be skipped.
 
-A plan is a folder with ``plan.json`` (readable) and ``plan.safetensors`` (thresholds, and the
-weight samples that tell for which model they were made). Nothing else is read or executed.
+A plan is a folder with ``plan.json`` (readable) and ``plan.safetensors`` (thresholds,
+corrections, and the weight samples that tell for which model they were made). Nothing else is read
+or executed.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from torch import Tensor, nn
 
 import wina.projections as projections_module
 from wina.config import SparsityConfig
+from wina.corrections import Terms
 from wina.errors import PlanError, WinaError
 from wina.experts import recognise_experts
 from wina.files import write_atomically
 from wina.projections import Projection
+from wina.rotation import NO_ROTATION, rotation_of
 
 FORMAT = "wina-plan"
-VERSION = 1
-WITH_EXPERTS = 2
+VERSION = 2
+WITH_EXPERTS = 3
 JSON_FILE = "plan.json"
 TENSOR_FILE = "plan.safetensors"
 
@@ -54,6 +57,7 @@ class ProjectionPlan:
         cutoff: τ, the cut-off of the scores |x_j|·c_j (in units of the selector's scale).
         threshold: τ/c, [K] float32.
         sample: a few weights, by which the model is recognised, float32.
+        terms: the correction, in float32.
     """
 
     projection: Projection
@@ -62,6 +66,7 @@ class ProjectionPlan:
     cutoff: float
     threshold: Tensor
     sample: Tensor
+    terms: Terms = field(default_factory=Terms)
 
 
 @dataclass(frozen=True)
@@ -125,11 +130,21 @@ class SparsityPlan:
             {name: layer.realised for name, layer in layers.items()},
         )
 
+    @property
+    def rotation(self) -> str:
+        """The rotation of the model that it was made for, ``"none"`` for a model as loaded."""
+        return str(self.calibration.get("rotation", NO_ROTATION))
+
     def check(self, model: nn.Module) -> None:
         """Raise :class:`PlanError` unless the plan was made for this model."""
         found = projections_module.model_type_of(model)
         if found != self.model_type:
             raise PlanError(f"the plan is for a {self.model_type} model, this is a {found}")
+        if rotation_of(model) != self.rotation:
+            raise PlanError(
+                f"the plan is for a model with rotation {self.rotation!r}, this one has "
+                f"{rotation_of(model)!r}: see wina.rotate and wina.unrotate"
+            )
         modules = dict(model.named_modules())
         for name, layer in self.layers.items():
             module = modules.get(name)
@@ -173,6 +188,8 @@ class SparsityPlan:
         for name, layer in self.layers.items():
             tensors[f"{name}.threshold"] = layer.threshold.contiguous()
             tensors[f"{name}.sample"] = layer.sample.contiguous()
+            for term, tensor in layer.terms.tensors().items():
+                tensors[f"{name}.correction.{term}"] = tensor.contiguous()
         for name, experts in self.experts.items():
             for key in _EXPERT_TENSORS:
                 tensors[f"{name}.{key}"] = getattr(experts, key).contiguous()
@@ -275,6 +292,8 @@ class SparsityPlan:
                 raise PlanError(f"{name}.threshold has shape {tuple(threshold.shape)}")
             if threshold.dtype != torch.float32 or threshold.isnan().any():
                 raise PlanError(f"{name}.threshold must be float32 without NaN")
+            terms = Terms.stored(tensors, f"{name}.correction.")
+            terms.check(name, projection.in_features, projection.out_features)
             layers[name] = ProjectionPlan(
                 projection=projection,
                 sparsity=_share(row, "sparsity"),
@@ -282,6 +301,7 @@ class SparsityPlan:
                 cutoff=float(_typed(row, "cutoff", (int, float))),
                 threshold=threshold,
                 sample=tensors[f"{name}.sample"],
+                terms=terms,
             )
         return cls(
             config=SparsityConfig.from_dict(document["config"]),

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from wina.corrections import Terms
 from wina.group import scales
 from wina.kernels.dispatch import Choice, choose
 from wina.kernels.quantization import QuantizedWeight, quantize
@@ -35,9 +36,10 @@ class QuantizedSparseLinear(SparseLinear):
         selector: Selector,
         control: Control,
         weight_dtype: str,
+        terms: Terms | None = None,
     ) -> None:
         rounded = quantize(original.weight.t(), weight_dtype)
-        super().__init__(original, name, threshold, sparsity, selector, control)
+        super().__init__(original, name, threshold, sparsity, selector, control, terms)
         self.bits = rounded.bits
         self.register_buffer("packed", rounded.packed)
         self.register_buffer("scales", rounded.scales)
@@ -76,15 +78,14 @@ class QuantizedSparseLinear(SparseLinear):
         assert isinstance(up, QuantizedSparseLinear)
         return self.choice.backend.sparse_gate_up_quantized(
             x, self.packed, self.scales, up.packed, up.scales, self.out_features, self.bits,
-            self.threshold, up.threshold, activation, self.bias, up.bias,
+            self.threshold, up.threshold, activation, self.product_bias, up.product_bias,
             *scales((self, up), x),
         )  # fmt: skip
 
-    def _sparse(self, x: Tensor) -> Tensor:
-        scale = self._observed_scale(x)
+    def _kernel(self, x: Tensor, scale: Tensor | None) -> Tensor:
         return self.choice.backend.sparse_linear_quantized(
-            x, self.packed, self.scales, self.out_features, self.bits, self.threshold, self.bias,
-            scale,
+            x, self.packed, self.scales, self.out_features, self.bits, self.threshold,
+            self.product_bias, scale,
         )  # fmt: skip
 
     def _dense(self, x: Tensor) -> Tensor:

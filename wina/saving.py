@@ -21,9 +21,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from wina.errors import PatchStateError
 from wina.patch import Patch, patch_of
 from wina.plan import SparsityPlan, experts_sample, weight_sample
 from wina.quantized_linear import QuantizedSparseLinear
+from wina.rotation import NO_ROTATION
 
 PLAN_FOLDER = "wina"
 QUANT_METHOD = "wina"
@@ -52,12 +54,20 @@ def _save_pretrained(
     """As ``PreTrainedModel.save_pretrained``, and the plan into the folder ``wina``.
 
     A model with PEFT adapters loaded saves the adapters alone, as ever.
+
+    Raises:
+        PatchStateError: the model is rotated, which other programs could not read.
     """
     usual = type(self).save_pretrained
     if getattr(self, "_hf_peft_config_loaded", False):
         usual(self, save_directory, is_main_process, state_dict, push_to_hub, **settings)
         return
     patch = patch_of(self)
+    if patch.plan.rotation != NO_ROTATION:
+        raise PatchStateError(
+            f"the model is rotated ({patch.plan.rotation}), and no other program could read its "
+            "weights: save the plan alone (plan.save), and rotate the loaded model before use"
+        )
     weights = _float_state_dict(self, patch) if state_dict is None else state_dict
     # Another library's quantization has the place already, and is needed to load the weights.
     free = getattr(self.config, "quantization_config", None) is None

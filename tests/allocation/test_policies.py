@@ -1,5 +1,7 @@
 """Every policy on tiny models; the shared matrix covers a new one without a new test."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from allocation_problem import problem_of
@@ -149,22 +151,25 @@ def test_greedy_path_of_a_block() -> None:
             unit.name: block.error({**dense, unit.name: size / unit.weights}, 0.25)
             for unit in block.units
         }
-        first = policy._block(block, size / total)  # type: ignore[attr-defined]
+        small = policy._steps(block, 0.3)  # type: ignore[attr-defined]
         cheapest = min(errors, key=errors.__getitem__)
-        assert first[cheapest] > 0
-        assert sum(value > 0 for value in first.values()) == 1
+        assert small[0] == (cheapest, pytest.approx(size))
         block.settle(dense)
-        small = policy._block(block, 0.3)  # type: ignore[attr-defined]
-        block.settle(dense)
-        large = policy._block(block, 0.6)  # type: ignore[attr-defined]
-        for found, budget in ((small, 0.3), (large, 0.6)):
-            spent = sum(found[unit.name] * unit.weights for unit in block.units)
-            assert spent == pytest.approx(budget * total)
+        large = policy._steps(block, 0.6)  # type: ignore[attr-defined]
+        assert large[: len(small)] == small, "one path for all budgets"
+        assert sum(weights for _, weights in large) >= 0.6 * total
         spy[block.units[0].name] = large
 
     problem = problem_of(model)
     visit_blocks(problem, problem.tokens(64), visit, "")
     assert len(spy) == 2
+    for budget in (0.3, 0.6):
+        asked = replace(problem, sparsity=budget)
+        found = create(ALLOCATIONS, "greedy:step=0.2:tokens=64").allocate(asked)
+        for block in (0, 1):
+            units = [u for u in problem.units if u.projections[0].block == block]
+            spent = sum(found[unit.name] * unit.weights for unit in units)
+            assert spent == pytest.approx(budget * sum(unit.weights for unit in units))
 
 
 def test_block_error_is_that_of_the_masked_block() -> None:

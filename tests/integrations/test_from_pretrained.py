@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import wina
-from wina.errors import CalibrationError, ConfigError, UnsupportedModelError
+from wina.errors import (
+    CalibrationError,
+    ConfigError,
+    PatchStateError,
+    UnsupportedModelError,
+)
 from wina.linear import SparseLinear
 from wina.patch import is_patched
 from wina.quantized_linear import QuantizedSparseLinear
@@ -252,3 +257,11 @@ def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
         AutoModelForSeq2SeqLM.from_pretrained(tmp_path, quantization_config=wina_config())
+
+
+def test_a_rotated_model_says_how_to_keep_its_plan(llama: nn.Module, tmp_path: Path) -> None:
+    wina.rotate(llama, "orthogonal")
+    wina.sparsify(llama, plan_for(llama))
+    with pytest.raises(PatchStateError, match="save the plan alone"):
+        llama.save_pretrained(tmp_path)  # type: ignore[operator]
+    assert not list(tmp_path.iterdir())

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wina.allocation.measurements import Measurements
 from wina.errors import ConfigError
+from wina.needs import Needs
 from wina.projections import Projection
 from wina.registry import Registry
 from wina.scores import ChannelScores
-
-
-class Needs(StrEnum):
-    """What a policy has to compute before it can decide, from free to dear."""
-
-    NOTHING = "nothing"
-    ACTIVATIONS = "activations of the dense model, and its blocks run again sparse"
-    GRADIENTS = "gradients of the dense model's loss"
-    EVALUATIONS = "gradients of the sparse model's loss as well"
 
 
 @dataclass(frozen=True)
@@ -51,6 +44,8 @@ class Problem:
         sink_tokens: first tokens of a sequence, which stay dense.
         thresholds: (sparsity of each unit) → threshold [K] of each projection, calibrated on
             ``windows`` with every projection before it sparse.
+        measurements: what policies have measured on this model with this text.
+        about: what a measurement depends on beside the policy, JSON-ready.
         show_progress: draw progress bars on stderr.
     """
 
@@ -61,7 +56,20 @@ class Problem:
     scores: Mapping[str, ChannelScores]
     sink_tokens: int
     thresholds: Callable[[Mapping[str, float]], Mapping[str, Tensor]]
+    measurements: Measurements | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
     show_progress: bool = False
+
+    @property
+    def reach(self) -> float:
+        """The highest sparsity that measurements have to cover."""
+        return max(self.sparsity, self.measurements.reach if self.measurements else 0.0)
+
+    def measured(self, measure: Callable[[], Any], **about: Any) -> Any:
+        """What ``measure`` gives (JSON-ready), from the measurements if it is known there."""
+        if self.measurements is None:
+            return measure()
+        return self.measurements.get({**self.about, **about}, measure)
 
     def by_projection(self, sparsities: Mapping[str, float]) -> dict[str, float]:
         """Sparsity of each projection, from that of each unit."""

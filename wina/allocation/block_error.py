@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from wina.allocation.base import ALLOCATIONS, Allocation, Needs, Problem, share, whole
+from wina.allocation.base import ALLOCATIONS, Allocation, Problem, share, whole
 from wina.allocation.blocks import Block, visit_blocks
 from wina.allocation.curves import Curve, spend
 from wina.allocation.fisher import sparsity_grid
+from wina.needs import Needs
 
 
 @ALLOCATIONS.register("block-error")

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from wina.allocation.base import ALLOCATIONS, Allocation, Needs, Problem, share, whole
+from wina.allocation.base import ALLOCATIONS, Allocation, Problem, share, whole
 from wina.allocation.curves import Curve, spend, up_to
 from wina.allocation.gradients import OperatingPoint, loss_changes
+from wina.needs import Needs
 
 # Half the distance over which a slope is measured at an operating point.
 _REACH = 0.05
@@ -46,7 +47,17 @@ class Fisher(Allocation):
     def allocate(self, problem: Problem) -> Mapping[str, float]:
         """Solve on the curves of the dense model, then on the corrected ones."""
         windows = problem.tokens(self.tokens)
-        curves = self._dense_curves(problem, windows)
+        measured = problem.measured(
+            lambda: [
+                [curve.name, curve.weights, list(curve.points)]
+                for curve in self._dense_curves(problem, windows)
+            ],
+            curves="fisher", step=self.step, most=self.most, tokens=self.tokens,
+        )  # fmt: skip
+        curves = [
+            Curve(name, weights, [(s, loss) for s, loss in points])
+            for name, weights, points in measured
+        ]
         found = spend(curves, problem.sparsity, self.most)
         for _ in range(self.rounds - 1):
             curves = self._corrected(problem, curves, found, windows)
