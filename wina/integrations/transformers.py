@@ -145,9 +145,13 @@ def _tokenizer_of(model: Any) -> Any:
 
     source = model.config.name_or_path
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source, revision=getattr(model.config, "_commit_hash", None) or "main"
         )
+        # transformers 5.0 makes an empty one where there are no files.
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise ValueError("its vocabulary is empty")
+        return tokenizer
     except (OSError, ValueError) as error:
         raise CalibrationError(
             f"calibration needs a tokenizer, and {source or 'the model'} has none ({error}): pass "
