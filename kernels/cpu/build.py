@@ -59,6 +59,7 @@ OPERATORS = (
     "sparse_gate_up_quantized",
     "topk_scale",
     "mean_scale",
+    "decode_step",
 )
 
 _log = logging.getLogger("wina")
