@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from wina.kernels.program import step
 from wina.patch import dense, is_patched, patch_of
 
 # Relative error of logits that two implementations of one model may have.
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _CACHE_STEP = 64
 # Tokens in the cache while an engine is verified: more than a window, so that it shows.
 _VERIFIED_CONTEXT = 20
@@ -164,7 +165,7 @@ class Trimmed(Engine):
         ]
         self._ready = _Ready(program, caches, length)
 
-    def fill(self, layers: list[tuple[Tensor, Tensor]], count: int) -> None:
+    def fill(self, layers: Sequence[tuple[Tensor, ...]], count: int) -> None:
         """Take over keys and values of ``count`` tokens, of a window's last ones where it has one.
 
         Args:
@@ -190,21 +191,21 @@ class Trimmed(Engine):
         count = max([_VERIFIED_CONTEXT, *(w + 3 for w in windows if w < _MOST_VERIFIED_CONTEXT)])
         count = min(count, most_positions(self.model) - 1)
         self.reserve(count + 1)
-        generator = torch.Generator().manual_seed(0)
-        cache = _new_cache(self.model)
-        given = []
-        for index, (keys, values) in enumerate(
-            zip(self._ready.caches[::2], self._ready.caches[1::2], strict=True)
-        ):
-            shape = (1, keys.shape[0], count, keys.shape[2])
-            pair = tuple(
-                torch.randn(shape, generator=generator).to(like) for like in (keys, values)
-            )
-            cache.update(*pair, index)
-            given.append((pair[0], pair[1]))
-        self.fill(given, count)
-        token = count % self._ready.program.outputs
+        vocabulary = self._ready.program.outputs
+        prompt = torch.arange(_VERIFIED_CONTEXT)[None] * 7919 % vocabulary
+        token = vocabulary // 2
         with torch.no_grad(), dense(self.model) if self._control else nullcontext():
+            known = _new_cache(self.model)
+            self.model(prompt, past_key_values=known, use_cache=True, logits_to_keep=1)
+            # Repeated to fill a window: keys and values are as large as a text's.
+            given = [
+                tuple(t[:, :, torch.arange(count) % t.shape[2]] for t in (layer.keys, layer.values))
+                for layer in known.layers
+            ]
+            cache = _new_cache(self.model)
+            for index, (keys, values) in enumerate(given):
+                cache.update(keys, values, index)
+            self.fill(given, count)
             want = self.model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
             got = self.advance(token)
         wanted = want.logits[0, -1].float()
