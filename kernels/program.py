@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from wina.kernels import ops, quantized, reference
@@ -94,7 +93,7 @@ def _embed(token: int, table: Tensor, scale: float) -> Tensor:
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    y = F.linear(x, weight, bias)
+    y = ops.dense_linear_rows(x, weight, bias)
     return y if residual is None else residual + y
 
 

@@ -7,7 +7,6 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/linear.h>
 
 #include <chrono>
 
@@ -24,34 +23,9 @@ enum class Op : int64_t {
 
 constexpr const char* kActivations[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2"};
 constexpr int64_t kSplit = 128;  // cached tokens of one unit of attention, at least
-constexpr int64_t kUnitWork = 16384;  // multiply-adds that are worth another thread
+constexpr int64_t kThreadWork = 131072;  // multiply-adds that are worth another thread
 
 // ------------------------------------------------------------------------------------ vectors
-
-typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-
-inline Floats widen(const float* p) { return load(p); }
-
-inline Floats widen(const at::BFloat16* p) {
-  Halves h;
-  std::memcpy(&h, p, sizeof h);
-  const Words w = __builtin_convertvector(h, Words) << 16;
-  Floats v;
-  std::memcpy(&v, &w, sizeof v);
-  return v;
-}
-
-inline Floats widen(const at::Half* p) {
-  float f[kLanes];
-  for (int i = 0; i < kLanes; ++i) f[i] = static_cast<float>(p[i]);
-  return load(f);
-}
-
-inline float total(Floats v) {
-  float sum = 0.0f;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-}
 
 // e^v for v <= 0, relative error below 2e-7; below -87 a number near 0. A NaN stays.
 inline Floats exp_negative(Floats v) {
@@ -74,25 +48,22 @@ inline Floats exp_negative(Floats v) {
   return p * power;
 }
 
-template <class T>
-float dot(const float* a, const T* b, int64_t n) {
+float square_sum(const float* v, int64_t n) {
   Floats s[2] = {};
   int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    s[0] += load(a + i) * widen(b + i);
-    s[1] += load(a + i + kLanes) * widen(b + i + kLanes);
-  }
-  float sum = total(s[0] + s[1]);
-  for (; i < n; ++i) sum += a[i] * static_cast<float>(b[i]);
-  return sum;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes)
+    for (int p = 0; p < 2; ++p) {
+      const Floats w = load(v + i + p * kLanes);
+      s[p] += w * w;
+    }
+  float all = sum(s[0] + s[1]);
+  for (; i < n; ++i) all += v[i] * v[i];
+  return all;
 }
 
-// acc[i] += c * b[i]
 template <class T>
-void add_scaled(float c, const T* b, float* acc, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(acc + i, load(acc + i) + c * widen(b + i));
-  for (; i < n; ++i) acc[i] += c * static_cast<float>(b[i]);
+void widen(const T* from, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
 }
 
 // Scratch that lives as long as the thread.
@@ -110,9 +81,8 @@ void rms_norm(const T* x, const T* weight, int64_t runs, int64_t n, float eps, f
               T* out) {
   float* wide = scratch<0>(n);
   for (int64_t r = 0; r < runs; ++r, x += n, out += n) {
-    for (int64_t i = 0; i < n; ++i) wide[i] = static_cast<float>(x[i]);
-    const float scale =
-        1.0f / std::sqrt(dot(wide, wide, n) / static_cast<float>(n) + eps);
+    widen(x, wide, n);
+    const float scale = 1.0f / std::sqrt(square_sum(wide, n) / static_cast<float>(n) + eps);
     for (int64_t i = 0; i < n; ++i)
       out[i] = static_cast<T>(wide[i] * scale * (static_cast<float>(weight[i]) + offset));
   }
@@ -140,32 +110,75 @@ struct Attention {
   int64_t window, position;
 };
 
-// Scores of the cached tokens [first, last) for one head: weights in p, sum and largest returned.
+// scores[t] = q · rows[t] for kLanes rows of D floats.
+inline void dots(const float* q, const float* rows, int64_t D, float* scores) {
+  Floats s[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= D; i += kLanes) {
+    const Floats w = load(q + i);
+#pragma GCC unroll 8
+    for (int t = 0; t < kLanes; ++t) s[t] += w * load(rows + t * D + i);
+  }
+  for (int t = 0; t < kLanes; ++t) {
+    scores[t] = sum(s[t]);
+    for (int64_t j = i; j < D; ++j) scores[t] += q[j] * rows[t * D + j];
+  }
+}
+
+// acc += sum over kLanes rows of p[t] * rows[t].
+inline void add_rows(const float* p, const float* rows, int64_t D, float* acc) {
+  int64_t i = 0;
+  for (; i + kLanes <= D; i += kLanes) {
+    Floats a = load(acc + i);
+#pragma GCC unroll 8
+    for (int t = 0; t < kLanes; ++t) a += p[t] * load(rows + t * D + i);
+    store(acc + i, a);
+  }
+  for (; i < D; ++i)
+    for (int t = 0; t < kLanes; ++t) acc[i] += p[t] * rows[t * D + i];
+}
+
+// kLanes rows from row `first` on as floats; past `last` the row before it again.
 template <class T>
-void attend_unit(const float* q, const T* keys, const T* values, int64_t first, int64_t last,
-                 int64_t D, float softcap, float* largest, float* weight, float* acc) {
+void widen_rows(const T* rows, int64_t first, int64_t last, int64_t D, float* to) {
+  for (int64_t t = 0; t < kLanes; ++t)
+    widen(rows + std::min(first + t, last - 1) * D, to + t * D, D);
+}
+
+// A part of one token's attention: the heads of a group over the cached tokens [first, last).
+// Leaves for each head the largest score, the sum of the weights relative to it, and the weighted
+// sum of the values: part[head][2 + D].
+template <class T>
+void attend_part(const float* q, int64_t heads, const T* keys, const T* values, int64_t first,
+                 int64_t last, int64_t D, float softcap, float* part) {
   const int64_t n = last - first, padded = (n + kLanes - 1) / kLanes * kLanes;
-  float* p = scratch<1>(padded);
-  float most = -INFINITY;
-  for (int64_t t = 0; t < n; ++t) {
-    float score = dot(q, keys + (first + t) * D, D);
-    if (softcap != 0.0f) score = softcap * std::tanh(score / softcap);
-    p[t] = score;
-    most = score > most ? score : most;
+  const int64_t stride = D + 2;
+  float* rows = scratch<1>(kLanes * D + heads * padded);
+  float* p = rows + kLanes * D;
+  for (int64_t t = 0; t < n; t += kLanes) {
+    widen_rows(keys, first + t, last, D, rows);
+    for (int64_t h = 0; h < heads; ++h) dots(q + h * D, rows, D, p + h * padded + t);
   }
-  std::fill(p + n, p + padded, -INFINITY);
-  Floats sums{};
-  for (int64_t t = 0; t < padded; t += kLanes) {
-    const Floats e = exp_negative(load(p + t) - most);
-    store(p + t, e);
-    if (t + kLanes <= n) sums += e;
+  for (int64_t h = 0; h < heads; ++h) {
+    float *score = p + h * padded, *out = part + h * stride;
+    if (softcap != 0.0f)
+      for (int64_t t = 0; t < n; ++t) score[t] = softcap * std::tanh(score[t] / softcap);
+    float most = score[0];
+    for (int64_t t = 1; t < n; ++t) most = score[t] > most ? score[t] : most;
+    for (int64_t t = 0; t < padded; t += kLanes)
+      store(score + t, exp_negative(load(score + t) - most));
+    std::fill(score + n, score + padded, 0.0f);
+    Floats all{};
+    for (int64_t t = 0; t < padded; t += kLanes) all += load(score + t);
+    out[0] = most;
+    out[1] = sum(all);
+    std::fill_n(out + 2, D, 0.0f);
   }
-  float sum = total(sums);
-  for (int64_t t = n / kLanes * kLanes; t < n; ++t) sum += p[t];
-  std::fill_n(acc, D, 0.0f);
-  for (int64_t t = 0; t < n; ++t) add_scaled(p[t], values + (first + t) * D, acc, D);
-  *largest = most;
-  *weight = sum;
+  for (int64_t t = 0; t < n; t += kLanes) {
+    widen_rows(values, first + t, last, D, rows);
+    for (int64_t h = 0; h < heads; ++h)
+      add_rows(p + h * padded + t, rows, D, part + h * stride + 2);
+  }
 }
 
 template <class T>
@@ -191,36 +204,36 @@ void attend(const Attention& a, Tensor& y) {
 
   const int64_t first = a.window ? std::max<int64_t>(0, a.position + 1 - a.window) : 0;
   const int64_t seen = a.position + 1 - first;
-  const int64_t splits = std::max<int64_t>(1, seen / kSplit), units = heads * splits;
+  const int64_t splits = std::max<int64_t>(1, seen / kSplit), units = kv_heads * splits;
   const int64_t stride = D + 2;
-  float* parts = scratch<3>(units * stride);
-  const int64_t work = 2 * D * seen / splits;
-  const int64_t grain = std::max<int64_t>(1, kUnitWork / work);
+  float* parts = scratch<3>(units * group * stride);  // [split][head][2 + D]
+  const int64_t work = 2 * D * group * seen / splits;
+  const int64_t grain = std::max<int64_t>(1, kThreadWork / work);
   at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) {
-      // Heads of a group are neighbours, so their cache is read once.
-      const int64_t h = u / splits, s = u % splits, at = h / group * length * D;
-      float* part = parts + u * stride;
-      attend_unit(q + h * D, keys + at, values + at, first + seen * s / splits,
-                  first + seen * (s + 1) / splits, D, a.softcap, part, part + 1, part + 2);
+      const int64_t h = u / splits, s = u % splits, at = h * length * D;
+      attend_part(q + h * group * D, group, keys + at, values + at, first + seen * s / splits,
+                  first + seen * (s + 1) / splits, D, a.softcap,
+                  parts + (s * heads + h * group) * stride);
     }
   });
 
   T* out = y.mutable_data_ptr<T>();
   for (int64_t h = 0; h < heads; ++h) {
-    float* part = parts + h * splits * stride;
+    float* part = parts + h * stride;
+    const int64_t next = heads * stride;
     float most = part[0];
-    for (int64_t s = 1; s < splits; ++s) most = std::max(most, part[s * stride]);
-    float sum = 0.0f;
+    for (int64_t s = 1; s < splits; ++s) most = std::max(most, part[s * next]);
+    float all = 0.0f;
     for (int64_t s = 0; s < splits; ++s) {
-      const float c = std::exp(part[s * stride] - most);
-      sum += c * part[s * stride + 1];
-      part[s * stride] = c;
+      const float c = std::exp(part[s * next] - most);
+      all += c * part[s * next + 1];
+      part[s * next] = c;
     }
     for (int64_t i = 0; i < D; ++i) {
       float value = 0.0f;
-      for (int64_t s = 0; s < splits; ++s) value += part[s * stride] * part[s * stride + 2 + i];
-      out[h * D + i] = static_cast<T>(value / sum);
+      for (int64_t s = 0; s < splits; ++s) value += part[s * next] * part[s * next + 2 + i];
+      out[h * D + i] = static_cast<T>(value / all);
     }
   }
 }
@@ -243,6 +256,7 @@ c10::TypedOperatorHandle<F> library(const char* name) {
 }
 
 using Optional = const OptionalTensor&;
+using DenseLinear = Tensor(const Tensor&, const Tensor&, Optional);
 using SparseLinear = Tensor(const Tensor&, const Tensor&, const Tensor&, Optional, Optional,
                             Optional);
 using SparseIntegers = Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
@@ -424,7 +438,8 @@ class Machine {
   Tensor dense() {
     const Tensor &x = reg(), &weight = constant();
     const OptionalTensor bias = optional_constant();
-    Tensor y = at::linear(x, weight, bias);
+    static const auto f = library<DenseLinear>("wina::dense_linear_rows");
+    Tensor y = f.call(x, weight, bias);
     const OptionalTensor residual = optional_reg();
     return residual.has_value() ? y.add_(*residual) : y;
   }
@@ -442,7 +457,7 @@ class Machine {
       T* to = out.mutable_data_ptr<T>();
       const int64_t n = out.numel();
       float* wide = scratch<0>(n);
-      for (int64_t i = 0; i < n; ++i) wide[i] = static_cast<float>(g[i]);
+      widen(g, wide, n);
       activate(act, wide, n);
       for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(wide[i] * static_cast<float>(u[i]));
     });
