@@ -12,6 +12,7 @@ from wina.config import SparsityConfig
 from wina.errors import ConfigError
 from wina.patch import apply_plan
 from wina.plan import SparsityPlan
+from wina.saving import saves_with_plan
 
 
 def sparsify(
@@ -63,4 +64,5 @@ def sparsify(
             "(sparsity=0.5 is given by keyword)"
         )
     apply_plan(model, plan, prefill, backend, keep_original, show_progress)
+    saves_with_plan(model)
     return plan

@@ -9,6 +9,7 @@ the inputs are not masked.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from wina.progress import Advance, progress
 from wina.projections import (
     Projection,
     decoder_of,
+    dense_modules,
     find_projections,
     group_members,
     model_type_of,
@@ -32,6 +34,11 @@ from wina.projections import (
 from wina.scores import ChannelScores, rounded
 from wina.statistics import ScoreHistogram
 from wina.texts import bundled, to_windows
+
+logger = logging.getLogger(__name__)
+
+# Dense modules of a smaller share of the blocks' weights, such as routers, are not worth a warning.
+_MENTIONED = 0.01
 
 # Tokens whose activations are alive at once. More calibration tokens than this are taken in
 # several passes, at first with cut-offs from the first chunk.
@@ -68,6 +75,7 @@ def calibrate(
             "the model is sparsified: call wina.restore(model) before calibrating"
         )
     projections = find_projections(model)
+    _tell_what_stays_dense(model, projections)
     windows = to_windows(
         bundled("calibration") if texts is None else texts,
         tokenizer,
@@ -111,6 +119,17 @@ def calibrate(
         },
         layers=run(sparsities, title, show_progress),
     )
+
+
+def _tell_what_stays_dense(model: nn.Module, projections: Sequence[Projection]) -> None:
+    dense = dense_modules(model)
+    weights = sum(module.weights for module in dense)
+    share = weights / (weights + sum(projection.weights for projection in projections))
+    if share > _MENTIONED:
+        logger.warning(
+            "%.0f%% of the weights of the blocks stay dense: %s %s (all: wina.inspect(model))",
+            100 * share, dense[0].name, dense[0].reason,
+        )  # fmt: skip
 
 
 def _units(projections: Sequence[Projection], config: SparsityConfig) -> list[Unit]:

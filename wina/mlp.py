@@ -91,18 +91,24 @@ class SparseGatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [..., S, K] → [..., S, K]."""
         form = self.gated.form
-        gate: SparseLinear = self._modules[form.gate]  # type: ignore[assignment]
-        up: SparseLinear = self._modules[form.up]  # type: ignore[assignment]
-        down: SparseLinear = self._modules[form.down]  # type: ignore[assignment]
-        control = gate.control
-        if (
-            control.observer is None
-            and control.first_sparse(x) == 0
-            and control.sparse_tokens(x) is None
-            and not (torch.is_grad_enabled())
-        ):
+        gate, up, down = (self._modules[name] for name in (form.gate, form.up, form.down))
+        assert gate is not None
+        assert up is not None
+        assert down is not None
+        if isinstance(gate, SparseLinear) and isinstance(up, SparseLinear) and _fuses(gate, x):
             h = gate.gate_up(up, x, self.gated.activation)
-        else:
+        else:  # an adapter may have been wrapped around them
             h = ACTIVATIONS[self.gated.activation](gate(x)) * up(x)
         y: Tensor = down(h)
         return y
+
+
+def _fuses(gate: SparseLinear, x: Tensor) -> bool:
+    """Whether every token of x is sparse, and nobody looks at the products on their own."""
+    control = gate.control
+    return (
+        control.observer is None
+        and control.first_sparse(x) == 0
+        and control.sparse_tokens(x) is None
+        and not torch.is_grad_enabled()
+    )
