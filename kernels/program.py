@@ -149,9 +149,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
     "embed": Instruction(_embed, (CONSTANT, NUMBER), "token"),
     "rms_norm": Instruction(rms_norm, (REGISTER, CONSTANT, NUMBER, NUMBER)),
     "dense": Instruction(_dense, (REGISTER, CONSTANT, CONSTANT, REGISTER)),
-    "sparse": Instruction(
-        lambda *a: ops.sparse_linear(*a), (REGISTER, CONSTANT, *_SPARSE_TAIL)
-    ),
+    "sparse": Instruction(lambda *a: ops.sparse_linear(*a), (REGISTER, CONSTANT, *_SPARSE_TAIL)),
     "sparse_integers": Instruction(
         lambda *a: quantized.linear_operator(*a),
         (REGISTER, CONSTANT, CONSTANT, INTEGER, INTEGER, *_SPARSE_TAIL),

@@ -121,9 +121,7 @@ class Trimmed(Engine):
         self.reserve(length)
         cache = _new_cache(self.model)
         with torch.no_grad():
-            output = self.model(
-                input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
+            output = self.model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         self.fill([(layer.keys, layer.values) for layer in cache.layers], input_ids.shape[1])
         logits: Tensor = output.logits[:, -1].float()
         return logits
@@ -150,6 +148,12 @@ class Trimmed(Engine):
         )
         self._position += 1
         return logits
+
+    @property
+    def code(self) -> Tensor:
+        """The instructions of a step, see :mod:`wina.kernels.program`."""
+        assert self._ready is not None
+        return self._ready.program.code
 
     def reserve(self, length: int) -> None:
         """Make room for so many tokens: caches and tables grow, rounded up."""

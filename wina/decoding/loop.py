@@ -93,8 +93,8 @@ class Decoder:
         """Token ids of one sequence as they come; arguments as of :func:`decode`."""
         if input_ids.shape[0] != 1:
             raise ConfigError("streaming is for one sequence; pass a streamer for several")
-        given = {name: options.pop(name, None) for name in _RUN_OPTIONS}
-        for tokens in _Run(self, input_ids, *given.values(), options):
+        mask, config, tokenizer, seed = (options.pop(name, None) for name in _RUN_OPTIONS)
+        for tokens in _Run(self, input_ids, mask, config, tokenizer, seed, options):
             yield int(tokens[0])
 
 
@@ -164,29 +164,28 @@ class _Run:
         self.ids[:, :prompt] = input_ids
         self.count = prompt
         self.processors = processors_for(self.config, prompt, input_ids.device)
-        self.ends = torch.tensor(end_tokens(self.config), device=input_ids.device)
+        self.ends = end_tokens(self.config)
         self.padding = self.config.pad_token_id
         if self.padding is None:
-            self.padding = int(self.ends[0]) if len(self.ends) else 0
+            self.padding = self.ends[0] if self.ends else 0
         self.stop = _stop_strings(self.config, tokenizer)
         self.generator = (
             None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
         )
-        self.finish = ["length"] * rows
+        self.ended: dict[int, str] = {}  # row → why
         self.first_s = self.steps_s = 0.0
 
     def __iter__(self) -> Iterator[Tensor]:
-        running = torch.ones(len(self.ids), dtype=torch.bool, device=self.ids.device)
         start = time.perf_counter()
-        prompt = self.ids[:, : self.prompt]
-        logits = self.engine.start(prompt, self.mask, self.ids.shape[1])
+        logits = self.engine.start(self.ids[:, : self.prompt], self.mask, self.ids.shape[1])
         while True:
             with torch.no_grad():
                 tokens = choose_token(
                     logits, self.ids[:, : self.count], self.processors,
                     bool(self.config.do_sample), self.generator,
                 )  # fmt: skip
-            tokens = torch.where(running, tokens, self.padding)
+            if self.ended:
+                tokens[list(self.ended)] = self.padding
             self.ids[:, self.count] = tokens
             self.count += 1
             now = time.perf_counter()
@@ -196,25 +195,28 @@ class _Run:
                 self.steps_s += now - start
             yield tokens
             start = time.perf_counter()
-            self._note(running, torch.isin(tokens, self.ends), "eos")
-            if self.stop is not None:
-                self._note(running, self.stop(self.ids[:, : self.count], None), "stop")
-            if self.count == self.ids.shape[1] or not running.any():
+            self._note_ends(tokens)
+            if self.count == self.ids.shape[1] or len(self.ended) == len(self.ids):
                 return
             logits = self.engine.step(tokens)
 
-    def _note(self, running: Tensor, ended: Tensor, why: str) -> None:
-        """Take the sequences that ended out of those that run."""
-        ended = ended & running
-        if ended.any():
-            for row in ended.nonzero().flatten().tolist():
-                self.finish[row] = why
-            running &= ~ended
+    def _note_ends(self, tokens: Tensor) -> None:
+        """Note which sequences ended with these tokens [B], and why."""
+        # Lists, not tensors: of one sequence, the usual case, they cost a microsecond.
+        if self.ends:
+            for row, token in enumerate(tokens.tolist()):
+                if token in self.ends:
+                    self.ended.setdefault(row, "eos")
+        if self.stop is not None:
+            stopped = self.stop(self.ids[:, : self.count], None)
+            for row in stopped.nonzero().flatten().tolist():
+                self.ended.setdefault(row, "stop")
 
     def decoded(self) -> Decoded:
         return Decoded(
-            self.ids[:, self.prompt : self.count].clone(), tuple(self.finish), self.engine.name,
-            self.engine.reason, self.first_s, self.steps_s,
+            self.ids[:, self.prompt : self.count].clone(),
+            tuple(self.ended.get(row, "length") for row in range(len(self.ids))),
+            self.engine.name, self.engine.reason, self.first_s, self.steps_s,
         )  # fmt: skip
 
 

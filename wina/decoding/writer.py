@@ -21,7 +21,6 @@ from wina.decoding.forms import (
     SOFTCAP,
     USES_ROPE,
     AttentionForm,
-    LayerForm,
     MlpForm,
     first_of,
 )
