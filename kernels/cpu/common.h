@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <optional>
 #include <string>
 #include <vector>
@@ -33,12 +34,9 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // Tuning constants, measured on two Zen 3 cores (DDR4, about 30 GB/s).
-constexpr int kGroup = 8;  // kept rows read side by side: streams for the prefetcher
-constexpr int64_t kTile = 4096;  // float32 accumulators of one tile: 16 KiB of L1
-constexpr int64_t kShortBytes = 4096;  // a slice shorter than this is prefetched as a whole,
-constexpr int64_t kHeadBytes = 512;  // of a longer one only the beginning
-constexpr int64_t kLeadBytes = 8192;  // how far ahead of the arithmetic to prefetch
-constexpr int64_t kMaxLead = 128;  // the same in rows, and the padding of the row list
+constexpr int kGroup = 8;  // kept rows read side by side: streams through memory
+constexpr int64_t kTile = 4096;  // float32 sums of one tile: 16 KiB of L1
+constexpr int64_t kShortBytes = 4096;  // of shorter rows the next one is prefetched
 constexpr int64_t kSerialBytes = 32768;  // a thread gets at least this much to read
 constexpr int64_t kMaxTokens = 16;  // tokens of one pass over the weight
 // More tokens than these: a dense matmul of the masked input. 16-bit weights stay longer, since a
@@ -53,9 +51,8 @@ constexpr int64_t kLine = 64;  // bytes of a cache line
 
 // The rows that at least one token keeps, in ascending order.
 struct KeptRows {
-  std::vector<int32_t> index;  // count entries, then kMaxLead + kGroup repeats for the prefetcher
+  std::vector<int32_t> index;  // count entries and a repeat, which may be prefetched
   std::vector<float> coef;     // [count][tokens], 0 where a token drops the row
-  std::vector<float> scratch;
   int64_t count = 0;
 };
 
@@ -72,7 +69,7 @@ void select_rows(KeptRows& rows, const T* x, int64_t K, int tokens, const float*
   const auto grow = [](auto& v, int64_t n) {
     if (static_cast<int64_t>(v.size()) < n) v.resize(n);
   };
-  grow(rows.index, K + kMaxLead + kGroup);
+  grow(rows.index, K + 1);
   grow(rows.coef, (K + 1) * tokens);
   int32_t* index = rows.index.data();
   float* coef = rows.coef.data();
@@ -100,13 +97,14 @@ void select_rows(KeptRows& rows, const T* x, int64_t K, int tokens, const float*
       count += any;
     }
   }
-  std::fill_n(index + count, kMaxLead + kGroup, count ? index[count - 1] : 0);
+  index[count] = count ? index[count - 1] : 0;
   rows.count = count;
 }
 
-// Two lists, since sparse_gate_up can need both at once.
-KeptRows& kept_rows(int which) {
-  static thread_local KeptRows rows[2];
+// The calling thread's lists: one for each projection of a call that has its own.
+KeptRows& kept_rows(size_t which) {
+  static thread_local std::deque<KeptRows> rows;  // never moves one
+  while (rows.size() <= which) rows.emplace_back();
   return rows[which];
 }
 

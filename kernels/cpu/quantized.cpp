@@ -1,30 +1,27 @@
 // Native CPU kernels for integer weights: sparse_linear_quantized and sparse_gate_up_quantized.
 //
-// The scheme is that of sparse.cpp: a list of kept rows, columns split over the threads, float32
-// accumulators that stay in L1, rows to come prefetched. The format is described in
-// kernels/quantization.py. A row's scale multiplies its coefficient once for each group of columns;
-// integers are widened in registers, two instructions and a fused multiply-add for eight of them.
-// Threads meet at group boundaries and a column adds its rows in list order: results are
-// bit-identical for any number of threads.
+// The scheme is that of sparse.cpp (parts.h): the format is described in kernels/quantization.py. A
+// row's scale multiplies its coefficient once for each group of columns; integers are widened in
+// registers, two instructions and a fused multiply-add for eight of them. Threads meet at group
+// boundaries and a column adds up in the same order whatever their number: results are
+// bit-identical.
 
 #include "integers.h"
+#include "parts.h"
 
 namespace wina {
 namespace {
 
 constexpr int kTokens = 4;  // tokens that share a widened weight
-static_assert(kGroup == kLanes, "the coefficients of a group of rows are one vector");
 
-// The product of a group of rows with a group of columns: acc[t][columns] += sum of
+// The product of a group of rows with a group of columns: sums[t][columns] += sum of
 // c[t][r] * row r. The last group of a row may have fewer bytes.
 template <int TT>
-void add(Int8, const int8_t* const* rows, int64_t bytes, const Floats* c, float* acc,
+void add(Int8, const int8_t* const* rows, int64_t bytes, const float (*c)[kGroup], float* sums,
          int64_t stride) {
   constexpr int P = TT <= 2 ? 4 : 2;  // vectors of columns side by side
   for (int64_t v = 0; v < bytes / kLanes; v += P) {
-    Floats a[TT][P];
-    for (int t = 0; t < TT; ++t)
-      for (int p = 0; p < P; ++p) a[t][p] = load(acc + t * stride + (v + p) * kLanes);
+    Floats a[TT][P] = {};
 #pragma GCC unroll 8
     for (int r = 0; r < kGroup; ++r)
 #pragma GCC unroll 4
@@ -34,165 +31,161 @@ void add(Int8, const int8_t* const* rows, int64_t bytes, const Floats* c, float*
         for (int t = 0; t < TT; ++t) a[t][p] += c[t][r] * w;
       }
     for (int t = 0; t < TT; ++t)
-      for (int p = 0; p < P; ++p) store(acc + t * stride + (v + p) * kLanes, a[t][p]);
+      for (int p = 0; p < P; ++p) {
+        float* sum = sums + t * stride + (v + p) * kLanes;
+        store(sum, load(sum) + a[t][p]);
+      }
   }
 }
 
+// Sums of nibble p stay as many times too large as the nibble is where it stands in its word (a
+// power of two: nothing is rounded by it), so that coefficients serve all nibbles as they are.
 template <int TT>
-void add(Int4, const int8_t* const* rows, int64_t, const Floats* c, float* acc, int64_t stride) {
-  Floats offset[TT];
+void add(Int4, const int8_t* const* rows, int64_t, const float (*c)[kGroup], float* sums,
+         int64_t stride) {
+  float offset[TT];
   for (int t = 0; t < TT; ++t) {
-    float sum = 0.0f;
-    for (int r = 0; r < kGroup; ++r) sum += c[t][r];
-    offset[t] = Floats{} + 8.0f * sum;
+    float total = 0.0f;
+    for (int r = 0; r < kGroup; ++r) total += c[t][r];
+    offset[t] = -8.0f * total;
   }
 #pragma GCC unroll 8
   for (int p = 0; p < kNibbles; ++p) {
-    Floats a[TT][2], scaled[TT];
-    for (int t = 0; t < TT; ++t) {
-      scaled[t] = c[t] * nibble_unit(p);
-      for (int half = 0; half < 2; ++half)
-        a[t][half] = load(acc + t * stride + 16 * p + half * kLanes) - offset[t];
-    }
+    Floats a[TT][2];
+    for (int t = 0; t < TT; ++t) a[t][0] = a[t][1] = Floats{} + offset[t] / nibble_unit(p);
 #pragma GCC unroll 8
     for (int r = 0; r < kGroup; ++r)
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         const Floats w = load_nibbles(rows[r] + half * sizeof(Words), p);
 #pragma GCC unroll 4
-        for (int t = 0; t < TT; ++t) a[t][half] += scaled[t][r] * w;
+        for (int t = 0; t < TT; ++t) a[t][half] += c[t][r] * w;
       }
     for (int t = 0; t < TT; ++t)
-      for (int half = 0; half < 2; ++half)
-        store(acc + t * stride + 16 * p + half * kLanes, a[t][half]);
+      for (int half = 0; half < 2; ++half) {
+        float* sum = sums + t * stride + p * kStep + half * kLanes;
+        store(sum, load(sum) + a[t][half]);
+      }
+  }
+}
+
+// Sums as add() leaves them, of whole groups from the first on.
+inline void scale_down(Int8, float*, int64_t) {}
+inline void scale_down(Int4, float* sums, int64_t width) {
+  for (int64_t n = 0; n < width; n += kStep) {
+    const float unit = nibble_unit(static_cast<int>(n % kColumns / kStep));
+    for (int64_t i = n; i < std::min(width, n + kStep); ++i) sums[i] *= unit;
   }
 }
 
 // One projection's checked arguments.
 struct Quantized : Vectors, Packed {};
 
-// acc[t][0 .. groups * kColumns) = the product of the kept rows with the groups of columns from
-// `first` on.
 template <class Format>
-void accumulate(const KeptRows& rows, int tokens, const Quantized& q, int64_t first,
-                int64_t groups, float* acc) {
-  const int64_t row_bytes = q.packed.size(1), row_scales = q.scales.size(1);
-  const int64_t width = groups * kColumns;
-  std::fill_n(acc, tokens * width, 0.0f);
-  const int8_t* weight = q.packed.const_data_ptr<int8_t>();
-  const at::BFloat16* scales = q.scales.const_data_ptr<at::BFloat16>();
-  const int64_t lead =
-      std::clamp<int64_t>(kLeadBytes / (groups * Format::kBytes), kGroup, kMaxLead);
-  for (int64_t k = 0; k < rows.count; k += kGroup) {
-    const int32_t* index = rows.index.data() + k;
-    // Rows past the last repeat it, with a coefficient of 0.
-    const int used = static_cast<int>(std::min<int64_t>(kGroup, rows.count - k));
-    for (int r = 0; r < kGroup; ++r)
-      __builtin_prefetch(scales + index[r + lead] * row_scales + first, 0, 3);
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t at = (first + g) * Format::kBytes;
-      const int64_t bytes = std::min(Format::kBytes, row_bytes - at);
-      const int8_t* row[kGroup];
-      float scale[kGroup] = {};
-      for (int r = 0; r < kGroup; ++r) {
-        row[r] = weight + index[r] * row_bytes + at;
-        const int8_t* ahead = weight + index[r + lead] * row_bytes + at;
-        for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(ahead + b, 0, 3);
-        if (r < used) scale[r] = static_cast<float>(scales[index[r] * row_scales + first + g]);
-      }
-      for (int t0 = 0; t0 < tokens; t0 += kTokens) {
-        const int count = std::min(kTokens, tokens - t0);
-        Floats c[kTokens] = {};
-        for (int t = 0; t < count; ++t)
-          for (int r = 0; r < used; ++r)
-            c[t][r] = rows.coef[(k + r) * tokens + t0 + t] * scale[r];
-        float* a = acc + t0 * width + g * kColumns;
-        switch (count) {
-          case 1: add<1>(Format{}, row, bytes, c, a, width); break;
-          case 2: add<2>(Format{}, row, bytes, c, a, width); break;
-          case 3: add<3>(Format{}, row, bytes, c, a, width); break;
-          default: add<4>(Format{}, row, bytes, c, a, width); break;
-        }
-      }
-    }
-  }
-}
+struct IntegerWeight {
+  static constexpr int64_t kUnit = kColumns, kUnitBytes = Format::kBytes;
 
-// Calls f(first group, groups) for tiles that cover all columns, over torch's threads.
-template <class F>
-void for_tiles(const Quantized& q, int tokens, int64_t rows, const F& f) {
-  const int64_t group_bytes = std::max<int64_t>(1, rows * kColumns * q.bits / 8);
-  const int64_t grain = std::max<int64_t>(1, kSerialBytes / group_bytes);
-  const int64_t tile = kTile / tokens / kColumns;
-  at::parallel_for(0, q.groups(), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; g += tile) f(g, std::min(tile, end - g));
-  });
+  const int8_t* data;
+  const at::BFloat16* scales;
+  int64_t columns, row_bytes, row_scales;
+
+  // sums[t][n] = the product of a part of the kept rows with some groups of columns.
+  void accumulate(const KeptRows& rows, const Part& part, int tokens, int64_t first, int64_t groups,
+                  float* sums, int64_t stride) const {
+    for (int t = 0; t < tokens; ++t) std::fill_n(sums + t * stride, groups * kColumns, 0.0f);
+    const bool prefetch = groups * Format::kBytes < kShortBytes;
+    const auto add_rows = [&](int64_t at, int64_t step, int used) {
+      int64_t place[kGroup];
+      const int8_t *from[kGroup], *next[kGroup];
+      const at::BFloat16* scale[kGroup];
+      for (int r = 0; r < kGroup; ++r) {
+        // Rows past the last repeat it, with a coefficient of 0.
+        place[r] = at + std::min(r, used - 1) * step;
+        const int64_t row = rows.index[place[r]], after = rows.index[place[r] + 1];
+        from[r] = data + row * row_bytes + first * Format::kBytes;
+        next[r] = data + after * row_bytes + first * Format::kBytes;
+        scale[r] = scales + row * row_scales + first;
+        __builtin_prefetch(scales + after * row_scales + first, 0, 3);
+      }
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t bytes =
+            std::min(Format::kBytes, row_bytes - (first + g) * Format::kBytes);
+        float scale_of[kGroup];
+        for (int r = 0; r < kGroup; ++r) {
+          if (prefetch)
+            for (int64_t b = 0; b < bytes; b += kLine)
+              __builtin_prefetch(next[r] + g * Format::kBytes + b, 0, 3);
+          scale_of[r] = r < used ? static_cast<float>(scale[r][g]) : 0.0f;
+        }
+        for (int t0 = 0; t0 < tokens; t0 += kTokens) {
+          const int count = std::min(kTokens, tokens - t0);
+          float c[kTokens][kGroup];
+          for (int t = 0; t < count; ++t)
+            for (int r = 0; r < kGroup; ++r)
+              c[t][r] = r < used ? rows.coef[place[r] * tokens + t0 + t] * scale_of[r] : 0.0f;
+          float* to = sums + t0 * stride + g * kColumns;
+          switch (count) {
+            case 1: add<1>(Format{}, from, bytes, c, to, stride); break;
+            case 2: add<2>(Format{}, from, bytes, c, to, stride); break;
+            case 3: add<3>(Format{}, from, bytes, c, to, stride); break;
+            default: add<4>(Format{}, from, bytes, c, to, stride); break;
+          }
+        }
+        for (int r = 0; r < kGroup; ++r) from[r] += Format::kBytes;
+      }
+    };
+    for (int64_t i = 0; i < part.length; ++i) add_rows(part.first + i, part.length, kGroup);
+    if (part.tail_rows) add_rows(part.tail, 1, static_cast<int>(part.tail_rows));
+  }
+
+  // Columns [first, first + width) as accumulate() leaves them, for `first` at a group.
+  static void reorder(float* sums, int64_t, int64_t width, int64_t) {
+    scale_down(Format{}, sums, width);
+  }
+};
+
+template <class Format, class T>
+Product<IntegerWeight<Format>> product(Lists<T>& lists, const Quantized& q, int64_t first_token) {
+  const float* scale = data_or_null(q.scale);
+  const IntegerWeight<Format> weight{q.packed.const_data_ptr<int8_t>(),
+                                     q.scales.const_data_ptr<at::BFloat16>(), q.columns,
+                                     q.packed.size(1), q.scales.size(1)};
+  return {lists.of(q.threshold.const_data_ptr<float>(), scale ? scale + first_token : nullptr),
+          weight, q.groups()};
 }
 
 template <class T>
 void linear_fast(const Tensor& x, int64_t all_tokens, const Quantized& q, const Tensor& residual,
                  Tensor& y) {
   const int64_t K = x.size(1), N = q.columns;
-  const float *threshold = q.threshold.const_data_ptr<float>(), *scale = data_or_null(q.scale);
-  const T* in = x.const_data_ptr<T>();
   const T* stream = residual.defined() ? residual.const_data_ptr<T>() : nullptr;
-  T* out = y.mutable_data_ptr<T>();
-  KeptRows& rows = kept_rows(0);
-  for (int64_t t0 = 0; t0 < all_tokens; t0 += kMaxTokens) {
-    const int tokens = static_cast<int>(std::min(kMaxTokens, all_tokens - t0));
-    select_rows(rows, in + t0 * K, K, tokens, threshold, scale ? scale + t0 : nullptr);
-    for_tiles(q, tokens, rows.count, [&](int64_t group, int64_t groups) {
-      alignas(kLine) float acc[kTile];
-      with_format(q.bits, [&](auto format) {
-        accumulate<decltype(format)>(rows, tokens, q, group, groups, acc);
-      });
-      const int64_t first = group * kColumns, stride = groups * kColumns;
-      const int64_t width = std::min(stride, N - first);
-      add_bias<T>(acc, tokens, width, q.bias, first, stride);
-      add_residual(acc, tokens, width, stream ? stream + t0 * N : nullptr, N, first, stride);
-      for (int t = 0; t < tokens; ++t)
-        for (int64_t n = 0; n < width; ++n)
-          out[(t0 + t) * N + first + n] = static_cast<T>(acc[t * stride + n]);
+  for_passes(all_tokens, [&](int64_t first, int tokens) {
+    Lists<T> lists(x.const_data_ptr<T>() + first * K, K, tokens);
+    with_format(q.bits, [&](auto format) {
+      using Format = decltype(format);
+      std::vector<Product<IntegerWeight<Format>>> products{product<Format>(lists, q, first)};
+      compute(products, tokens);
+      finish<T>(products[0], tokens, q.bias, stream ? stream + first * N : nullptr,
+                y.mutable_data_ptr<T>() + first * N);
     });
-  }
+  });
 }
 
 template <class T>
 void gate_up_fast(const Tensor& x, int64_t all_tokens, const Quantized& gate, const Quantized& up,
                   Activation activation, Tensor& h) {
   const int64_t K = x.size(1), N = gate.columns;
-  const float *gate_scale = data_or_null(gate.scale), *up_scale = data_or_null(up.scale);
-  const float* gate_threshold = gate.threshold.const_data_ptr<float>();
-  const float* up_threshold = up.threshold.const_data_ptr<float>();
-  const bool shared = gate_threshold == up_threshold && gate_scale == up_scale;
-  const T* in = x.const_data_ptr<T>();
-  T* out = h.mutable_data_ptr<T>();
-  KeptRows& gate_rows = kept_rows(0);
-  KeptRows& up_rows = kept_rows(shared ? 0 : 1);
-  for (int64_t t0 = 0; t0 < all_tokens; t0 += kMaxTokens) {
-    const int tokens = static_cast<int>(std::min(kMaxTokens, all_tokens - t0));
-    const auto select = [&](KeptRows& rows, const float* threshold, const float* scale) {
-      select_rows(rows, in + t0 * K, K, tokens, threshold, scale ? scale + t0 : nullptr);
-    };
-    select(gate_rows, gate_threshold, gate_scale);
-    if (!shared) select(up_rows, up_threshold, up_scale);
-    for_tiles(gate, tokens, gate_rows.count + up_rows.count, [&](int64_t group, int64_t groups) {
-      alignas(kLine) float g[kTile];
-      alignas(kLine) float u[kTile];
-      with_format(gate.bits, [&](auto format) {
-        accumulate<decltype(format)>(gate_rows, tokens, gate, group, groups, g);
-        accumulate<decltype(format)>(up_rows, tokens, up, group, groups, u);
-      });
-      const int64_t first = group * kColumns, stride = groups * kColumns;
-      const int64_t width = std::min(stride, N - first);
-      add_bias<T>(g, tokens, width, gate.bias, first, stride);
-      add_bias<T>(u, tokens, width, up.bias, first, stride);
-      activate(activation, g, tokens * stride);
-      for (int t = 0; t < tokens; ++t)
-        for (int64_t n = 0; n < width; ++n)
-          out[(t0 + t) * N + first + n] = static_cast<T>(g[t * stride + n] * u[t * stride + n]);
+  for_passes(all_tokens, [&](int64_t first, int tokens) {
+    Lists<T> lists(x.const_data_ptr<T>() + first * K, K, tokens);
+    with_format(gate.bits, [&](auto format) {
+      using Format = decltype(format);
+      std::vector<Product<IntegerWeight<Format>>> products{product<Format>(lists, gate, first),
+                                                           product<Format>(lists, up, first)};
+      compute(products, tokens);
+      finish_gated<T>(products[0], products[1], tokens, activation, gate.bias, up.bias,
+                      h.mutable_data_ptr<T>() + first * N);
     });
-  }
+  });
 }
 
 // The product of masked x [T, K] with some columns, in the accumulation dtype, plus bias.

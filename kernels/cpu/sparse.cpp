@@ -1,4 +1,4 @@
-// Native CPU kernels of the library "wina": sparse products and top-k cut-offs, dispatch key CPU.
+// Native CPU kernels of the library "wina": sparse products with float weights, dispatch key CPU.
 //
 // The schemas are defined in Python (kernels/ops.py); this file only registers implementations.
 // Flags (kernels/cpu/build.py):
@@ -9,49 +9,42 @@
 //
 // Decoding is bound by memory: the floor is kept_bytes / bandwidth. Hence
 //   1. one branch-free serial pass turns (x, threshold) into a list of kept rows and coefficients;
-//   2. the columns are split over torch's threads, a multiple of 64 bytes each;
-//   3. a thread walks the list, kGroup rows at a time, with float32 accumulators that stay in L1,
-//      and prefetches the rows to come: the next kept row is at an address that no hardware
-//      prefetcher can guess.
-// Every column adds its rows in list order with one fused multiply-add each, whatever the split,
-// the tile or the group: results are bit-identical for any number of threads.
+//   2. the list is cut into parts, which torch's threads take (parts.h);
+//   3. a thread walks a part kGroup rows at a time, with float32 sums that stay in L1. Of short rows
+//      it prefetches the next one: where rows are skipped no hardware prefetcher can guess it.
+// The products of kGroup rows are added to each other first, then to the sum: shorter chains of
+// roundings. Every column adds up in the same order, whatever the number of threads: results are
+// bit-identical.
 
-#include "common.h"
+#include "parts.h"
 
 namespace wina {
 namespace {
 
 // -------------------------------------------------------------------------------- the product
 
-// One group of rows, up to kGroup of them.
+// Some rows of a weight, up to kGroup, and what they are multiplied by.
 template <class T>
 struct Group {
-  const T* row[kGroup];    // at the first column of the tile
-  const T* ahead[kGroup];  // rows to prefetch, same columns
-  const float* coef;       // [rows][stride]
-  int stride;
+  const T* row[kGroup];   // at the first column of the tile
+  const T* next[kGroup];  // rows to prefetch, same columns
+  float coef[kGroup * 4];  // [rows][TT]
   int rows;
 };
 
-// acc[t][n .. n + P kStep) += sum over the group of coef[r][t] * row[r][n ..], for TT tokens.
+// sums[t][n .. n + P kStep) += sum over the group of coef[r][t] * row[r][n ..], for TT tokens.
 // kFull: the group has kGroup rows, so that the loop over them can be unrolled.
 template <class T, int TT, int P, bool kPrefetch, bool kFull>
-inline void block(const Group<T>& g, int64_t n, int64_t ahead_n, float* acc,
-                  int64_t acc_stride) {
-  Pair a[TT][P];
-#pragma GCC unroll 4
-  for (int t = 0; t < TT; ++t)
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) a[t][p] = load_pair(acc + t * acc_stride + n + p * kStep);
-  const int rows = kFull ? kGroup : g.rows, stride = kFull ? 1 : g.stride;
+inline void block(const Group<T>& g, int64_t n, float* sums, int64_t stride) {
+  Pair a[TT][P] = {};
+  const int rows = kFull ? kGroup : g.rows;
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
-    const float* coef = g.coef + r * stride;
     if (kPrefetch) {
-      const char* ahead = reinterpret_cast<const char*>(g.ahead[r] + ahead_n);
+      const char* next = reinterpret_cast<const char*>(g.next[r] + n);
       constexpr int64_t bytes = P * kStep * sizeof(T);
 #pragma GCC unroll 8
-      for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(ahead + b, 0, 3);
+      for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(next + b, 0, 3);
     }
     const T* row = g.row[r] + n;
     Pair w[P];
@@ -59,7 +52,7 @@ inline void block(const Group<T>& g, int64_t n, int64_t ahead_n, float* acc,
     for (int p = 0; p < P; ++p) w[p] = load_pair(row + p * kStep);
 #pragma GCC unroll 4
     for (int t = 0; t < TT; ++t) {
-      const float c = coef[t];
+      const float c = g.coef[r * TT + t];
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
         a[t][p].a += c * w[p].a;
@@ -71,98 +64,83 @@ inline void block(const Group<T>& g, int64_t n, int64_t ahead_n, float* acc,
   for (int t = 0; t < TT; ++t)
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      store(acc + t * acc_stride + n + p * kStep, a[t][p].a);
-      store(acc + t * acc_stride + n + p * kStep + kLanes, a[t][p].b);
+      float* sum = sums + t * stride + n + p * kStep;
+      store_pair(sum, {load(sum) + a[t][p].a, load(sum + kLanes) + a[t][p].b});
     }
 }
 
 template <class T, int TT, bool kPrefetch, bool kFull>
-void strip(const Group<T>& g, int64_t width, float* acc, int64_t acc_stride) {
-  // 2 TT P accumulators, 2 P weights and a coefficient have to fit 16 vector registers.
+void strip(const Group<T>& g, int64_t width, float* sums, int64_t stride) {
+  // 2 TT P sums, 2 P weights and a coefficient have to fit 16 vector registers.
   constexpr int P = TT <= 2 ? 2 : 1;
-  // The hardware prefetcher follows a row once it has seen its first lines: the last kHeadBytes of
-  // this group's rows are where to fetch the first ones of the rows to come. Prefetching a whole
-  // long row in software costs more instructions than it saves.
-  const int64_t head =
-      (width * static_cast<int64_t>(sizeof(T)) < kShortBytes ? kShortBytes : kHeadBytes) /
-      static_cast<int64_t>(sizeof(T));
-  const int64_t start = kPrefetch ? std::max<int64_t>(0, width - head) : width;
   int64_t n = 0;
-  for (; n + P * kStep <= start; n += P * kStep)
-    block<T, TT, P, false, kFull>(g, n, 0, acc, acc_stride);
   for (; n + P * kStep <= width; n += P * kStep)
-    block<T, TT, P, kPrefetch, kFull>(g, n, n - start, acc, acc_stride);
-  for (; n + kStep <= width; n += kStep)
-    block<T, TT, 1, kPrefetch, kFull>(g, n, n - start, acc, acc_stride);
+    block<T, TT, P, kPrefetch, kFull>(g, n, sums, stride);
+  for (; n + kStep <= width; n += kStep) block<T, TT, 1, kPrefetch, kFull>(g, n, sums, stride);
   for (; n < width; ++n)
     for (int t = 0; t < TT; ++t) {
-      float a = acc[t * acc_stride + n];
+      float a = 0.0f;
       for (int r = 0; r < g.rows; ++r)
-        a += g.coef[r * g.stride + t] * static_cast<float>(g.row[r][n]);
-      acc[t * acc_stride + n] = a;
+        a += g.coef[r * TT + t] * static_cast<float>(g.row[r][n]);
+      sums[t * stride + n] += a;
     }
 }
 
-template <class T, bool kPrefetch>
-void strip_tokens(const Group<T>& g, int tokens, int64_t width, float* acc, int64_t acc_stride) {
-  switch (tokens) {
-    case 1:
-      if (g.stride == 1 && g.rows == kGroup)  // decoding: the loop that matters
-        return strip<T, 1, kPrefetch, true>(g, width, acc, acc_stride);
-      return strip<T, 1, kPrefetch, false>(g, width, acc, acc_stride);
-    case 2: return strip<T, 2, kPrefetch, false>(g, width, acc, acc_stride);
-    case 3: return strip<T, 3, kPrefetch, false>(g, width, acc, acc_stride);
-    default: return strip<T, 4, kPrefetch, false>(g, width, acc, acc_stride);
-  }
+// The group's product for TT tokens from `token` on; `row` has the places of its rows in the list.
+template <class T, int TT>
+void multiply(Group<T>& g, const KeptRows& rows, const int64_t* row, int tokens, int token,
+              bool prefetch, int64_t width, float* sums, int64_t stride) {
+  for (int r = 0; r < g.rows; ++r)
+    for (int t = 0; t < TT; ++t)
+      g.coef[r * TT + t] = rows.coef[row[r] * tokens + token + t];
+  float* to = sums + token * stride;
+  if (g.rows < kGroup) return strip<T, TT, false, false>(g, width, to, stride);
+  if (prefetch && token == 0) return strip<T, TT, true, true>(g, width, to, stride);
+  strip<T, TT, false, true>(g, width, to, stride);
 }
 
-// acc[t][0 .. width) = sum over kept rows of coef[row][t] * weight[row][first .. first + width).
+// A weight [K, columns], K-major.
 template <class T>
-void accumulate(const KeptRows& rows, int tokens, const T* weight, int64_t N, int64_t first,
-                int64_t width, float* acc) {
-  std::fill_n(acc, tokens * width, 0.0f);
-  const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
-  const int64_t lead = std::clamp<int64_t>(kLeadBytes / row_bytes, kGroup, kMaxLead);
-  const T* base = weight + first;
-  // The loop below prefetches from row `lead` on; these are the rows before it.
-  for (int64_t k = 0; k < std::min(lead, rows.count); ++k) {
-    const char* row = reinterpret_cast<const char*>(base + static_cast<int64_t>(rows.index[k]) * N);
-    for (int64_t b = 0; b < std::min(row_bytes, kLeadBytes / lead); b += kLine)
-      __builtin_prefetch(row + b, 0, 3);
-  }
-  Group<T> g;
-  g.stride = tokens;
-  for (int64_t k = 0; k < rows.count; k += kGroup) {
-    const int32_t* index = rows.index.data() + k;
-    g.rows = static_cast<int>(std::min<int64_t>(kGroup, rows.count - k));
-    for (int r = 0; r < kGroup; ++r) {
-      g.row[r] = base + static_cast<int64_t>(index[r]) * N;
-      g.ahead[r] = base + static_cast<int64_t>(index[r + lead]) * N;
-    }
-    g.coef = rows.coef.data() + k * tokens;
-    strip_tokens<T, true>(g, std::min(tokens, 4), width, acc, width);
-    for (int t = 4; t < tokens; t += 4) {
-      g.coef += 4;
-      strip_tokens<T, false>(g, std::min(tokens - t, 4), width, acc + t * width, width);
-    }
-  }
-  for (int t = 0; t < tokens; ++t) in_column_order<T>(acc + t * width, width);
-}
+struct FloatWeight {
+  static constexpr int64_t kUnitBytes = kLine, kUnit = kLine / sizeof(T);
 
-// Calls f(first, width, scratch) for tiles that cover [0, N), over torch's threads. Scratch holds
-// `arrays` times tokens * width floats.
-template <class T, class F>
-void for_tiles(int64_t N, int tokens, int64_t bytes_per_column, const F& f) {
-  constexpr int64_t unit = kLine / static_cast<int64_t>(sizeof(T));
-  const int64_t units = (N + unit - 1) / unit;
-  const int64_t unit_bytes = std::max<int64_t>(1, bytes_per_column * unit);
-  const int64_t grain = std::max<int64_t>(1, kSerialBytes / unit_bytes);
-  const int64_t tile = kTile / tokens / unit * unit;
-  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    const int64_t last = std::min(N, end * unit);
-    for (int64_t n = begin * unit; n < last; n += tile) f(n, std::min(tile, last - n));
-  });
-}
+  const T* data;
+  int64_t columns;
+
+  int64_t units() const { return (columns + kUnit - 1) / kUnit; }
+
+  // sums[t][n] = the product of a part of the kept rows with the columns of some units.
+  void accumulate(const KeptRows& rows, const Part& part, int tokens, int64_t first, int64_t units,
+                  float* sums, int64_t stride) const {
+    const int64_t width = std::min(units * kUnit, columns - first * kUnit);
+    for (int t = 0; t < tokens; ++t) std::fill_n(sums + t * stride, width, 0.0f);
+    const T* base = data + first * kUnit;
+    const bool prefetch = width * static_cast<int64_t>(sizeof(T)) < kShortBytes;
+    const auto add = [&](int64_t at, int64_t step, int count) {
+      Group<T> g;
+      int64_t place[kGroup];
+      g.rows = count;
+      for (int r = 0; r < count; ++r) {
+        place[r] = at + r * step;
+        g.row[r] = base + rows.index[place[r]] * columns;
+        g.next[r] = base + rows.index[place[r] + 1] * columns;
+      }
+      for (int t = 0; t < tokens; t += 4) switch (std::min(tokens - t, 4)) {
+          case 1: multiply<T, 1>(g, rows, place, tokens, t, prefetch, width, sums, stride); break;
+          case 2: multiply<T, 2>(g, rows, place, tokens, t, prefetch, width, sums, stride); break;
+          case 3: multiply<T, 3>(g, rows, place, tokens, t, prefetch, width, sums, stride); break;
+          default: multiply<T, 4>(g, rows, place, tokens, t, prefetch, width, sums, stride); break;
+        }
+    };
+    for (int64_t i = 0; i < part.length; ++i) add(part.first + i, part.length, kGroup);
+    if (part.tail_rows) add(part.tail, 1, static_cast<int>(part.tail_rows));
+  }
+
+  // Columns [first, first + width) as accumulate() leaves them, in column order.
+  static void reorder(float* acc, int64_t first, int64_t width, int64_t columns) {
+    in_column_order<T>(acc, std::min(width, columns / kStep * kStep - first));
+  }
+};
 
 // ---------------------------------------------------------------------------------- operators
 
@@ -198,65 +176,44 @@ bool fast(const Tensor& x, int64_t tokens, int64_t N) {
 }
 
 template <class T>
-void linear_fast(const Tensor& x, int64_t all_tokens, const Projection& p, const Tensor& residual,
-                 Tensor& y) {
-  const int64_t K = p.weight.size(0), N = p.weight.size(1);
-  const float *threshold = p.threshold.const_data_ptr<float>(), *scale = data_or_null(p.scale);
-  const T *in = x.const_data_ptr<T>(), *weight = p.weight.const_data_ptr<T>();
+Product<FloatWeight<T>> product(Lists<T>& lists, const Projection& p, int64_t first_token) {
+  const float* scale = data_or_null(p.scale);
+  const FloatWeight<T> weight{p.weight.const_data_ptr<T>(), p.weight.size(1)};
+  return {lists.of(p.threshold.const_data_ptr<float>(), scale ? scale + first_token : nullptr),
+          weight, weight.units()};
+}
+
+// ys[i] = the product of x with projection i, all in one parallel region.
+template <class T>
+void linear_fast(const Tensor& x, int64_t all_tokens, const std::vector<Projection>& projections,
+                 const Tensor& residual, std::vector<Tensor>& ys) {
+  const int64_t K = x.size(-1);
   const T* stream = residual.defined() ? residual.const_data_ptr<T>() : nullptr;
-  T* out = y.mutable_data_ptr<T>();
-  KeptRows& rows = kept_rows(0);
-  for (int64_t t0 = 0; t0 < all_tokens; t0 += kMaxTokens) {
-    const int tokens = static_cast<int>(std::min(kMaxTokens, all_tokens - t0));
-    select_rows(rows, in + t0 * K, K, tokens, threshold, scale ? scale + t0 : nullptr);
-    for_tiles<T>(N, tokens, rows.count * sizeof(T), [&](int64_t first, int64_t width) {
-      alignas(kLine) float acc[kTile];
-      accumulate(rows, tokens, weight, N, first, width, acc);
-      add_bias<T>(acc, tokens, width, p.bias, first, width);
-      add_residual(acc, tokens, width, stream ? stream + t0 * N : nullptr, N, first,
-                   width);
-      for (int t = 0; t < tokens; ++t)
-        for (int64_t n = 0; n < width; ++n)
-          out[(t0 + t) * N + first + n] = static_cast<T>(acc[t * width + n]);
-    });
-  }
+  for_passes(all_tokens, [&](int64_t first, int tokens) {
+    Lists<T> lists(x.const_data_ptr<T>() + first * K, K, tokens);
+    std::vector<Product<FloatWeight<T>>> products;
+    for (const Projection& p : projections) products.push_back(product(lists, p, first));
+    compute(products, tokens);
+    for (size_t i = 0; i < products.size(); ++i) {
+      const int64_t offset = first * products[i].weight.columns;
+      finish<T>(products[i], tokens, projections[i].bias, stream ? stream + offset : nullptr,
+                ys[i].mutable_data_ptr<T>() + offset);
+    }
+  });
 }
 
 template <class T>
 void gate_up_fast(const Tensor& x, int64_t all_tokens, const Projection& gate,
                   const Projection& up, Activation activation, Tensor& h) {
   const int64_t K = gate.weight.size(0), N = gate.weight.size(1);
-  const float* gate_threshold = gate.threshold.const_data_ptr<float>();
-  const float* up_threshold = up.threshold.const_data_ptr<float>();
-  const float *gate_scale = data_or_null(gate.scale), *up_scale = data_or_null(up.scale);
-  const bool shared = gate_threshold == up_threshold && gate_scale == up_scale;
-  const T* in = x.const_data_ptr<T>();
-  const T* gate_weight = gate.weight.const_data_ptr<T>();
-  const T* up_weight = up.weight.const_data_ptr<T>();
-  T* out = h.mutable_data_ptr<T>();
-  KeptRows& gate_rows = kept_rows(0);
-  KeptRows& up_rows = kept_rows(shared ? 0 : 1);
-  for (int64_t t0 = 0; t0 < all_tokens; t0 += kMaxTokens) {
-    const int tokens = static_cast<int>(std::min(kMaxTokens, all_tokens - t0));
-    const auto select = [&](KeptRows& rows, const float* threshold, const float* scale) {
-      select_rows(rows, in + t0 * K, K, tokens, threshold, scale ? scale + t0 : nullptr);
-    };
-    select(gate_rows, gate_threshold, gate_scale);
-    if (!shared) select(up_rows, up_threshold, up_scale);
-    const int64_t bytes = (gate_rows.count + up_rows.count) * sizeof(T);
-    for_tiles<T>(N, tokens, bytes, [&](int64_t first, int64_t width) {
-      alignas(kLine) float g[kTile];
-      alignas(kLine) float u[kTile];
-      accumulate(gate_rows, tokens, gate_weight, N, first, width, g);
-      accumulate(up_rows, tokens, up_weight, N, first, width, u);
-      add_bias<T>(g, tokens, width, gate.bias, first, width);
-      add_bias<T>(u, tokens, width, up.bias, first, width);
-      activate(activation, g, tokens * width);
-      for (int t = 0; t < tokens; ++t)
-        for (int64_t n = 0; n < width; ++n)
-          out[(t0 + t) * N + first + n] = static_cast<T>(g[t * width + n] * u[t * width + n]);
-    });
-  }
+  for_passes(all_tokens, [&](int64_t first, int tokens) {
+    Lists<T> lists(x.const_data_ptr<T>() + first * K, K, tokens);
+    std::vector<Product<FloatWeight<T>>> products{product(lists, gate, first),
+                                                  product(lists, up, first)};
+    compute(products, tokens);
+    finish_gated<T>(products[0], products[1], tokens, activation, gate.bias, up.bias,
+                    h.mutable_data_ptr<T>() + first * N);
+  });
 }
 
 // Columns converted at a time: a weight that is in the accumulation dtype is used as it lies.
@@ -273,34 +230,49 @@ Tensor columns(const Tensor& masked_x, const Projection& p, at::ScalarType dtype
   return at::addmm(p.bias.narrow(0, first, width).to(dtype), x, w);
 }
 
+// The products of x with projections; the residual is for the only one.
+std::vector<Tensor> linear(const Tensor& x, int64_t tokens,
+                           const std::vector<Projection>& projections, const Tensor& residual) {
+  std::vector<Tensor> ys;
+  bool all_fast = true;
+  for (const Projection& p : projections) {
+    auto shape = x.sizes().vec();
+    shape.back() = p.weight.size(1);
+    ys.push_back(at::empty(shape, x.options()));
+    all_fast &= fast(x, tokens, shape.back());
+  }
+  if (!all_fast) {
+    const Tensor flat = x.reshape({tokens, x.size(-1)});
+    for (size_t i = 0; i < ys.size(); ++i) {
+      const Projection& p = projections[i];
+      const Tensor m = masked(flat, p);
+      fill_blocks(ys[i], tokens, copy_columns(ys[i]),
+                  [&](at::ScalarType dtype, int64_t first, int64_t width) {
+                    Tensor part = columns(m, p, dtype, first, width);
+                    return residual.defined() ? part.add_(residual.narrow(1, first, width)) : part;
+                  });
+    }
+    return ys;
+  }
+  const Tensor in = x.contiguous();
+  switch (x.scalar_type()) {
+    case at::kBFloat16: linear_fast<at::BFloat16>(in, tokens, projections, residual, ys); break;
+    case at::kHalf: linear_fast<at::Half>(in, tokens, projections, residual, ys); break;
+    default: linear_fast<float>(in, tokens, projections, residual, ys); break;
+  }
+  return ys;
+}
+
 Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& threshold,
                      const OptionalTensor& bias, const OptionalTensor& scale,
                      const OptionalTensor& residual) {
   const char* op = "wina::sparse_linear";
   check_input(op, x, weight.requires_grad());
-  const int64_t K = x.size(-1);
   const int64_t tokens = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
-  const Projection p = check(op, "", x, tokens, weight, threshold, bias, scale);
-  const int64_t N = weight.size(1);
+  const std::vector<Projection> p{check(op, "", x, tokens, weight, threshold, bias, scale)};
   auto shape = x.sizes().vec();
-  shape.back() = N;
-  const Tensor stream = check_residual(op, x, tokens, shape, residual);
-  Tensor y = at::empty(shape, x.options());
-  if (!fast(x, tokens, N)) {
-    const Tensor m = masked(x.reshape({tokens, K}), p);
-    fill_blocks(y, tokens, copy_columns(y), [&](at::ScalarType dtype, int64_t first, int64_t width) {
-      Tensor part = columns(m, p, dtype, first, width);
-      return stream.defined() ? part.add_(stream.narrow(1, first, width)) : part;
-    });
-    return y;
-  }
-  const Tensor in = x.contiguous();
-  switch (x.scalar_type()) {
-    case at::kBFloat16: linear_fast<at::BFloat16>(in, tokens, p, stream, y); break;
-    case at::kHalf: linear_fast<at::Half>(in, tokens, p, stream, y); break;
-    default: linear_fast<float>(in, tokens, p, stream, y); break;
-  }
-  return y;
+  shape.back() = weight.size(1);
+  return linear(x, tokens, p, check_residual(op, x, tokens, shape, residual))[0];
 }
 
 Tensor sparse_gate_up(const Tensor& x, const Tensor& gate, const Tensor& up,
@@ -343,116 +315,27 @@ std::vector<Tensor> sparse_group(const Tensor& x, at::TensorList weights,
                                  at::TensorList thresholds,
                                  const c10::List<OptionalTensor>& biases,
                                  const c10::List<OptionalTensor>& scales) {
+  const char* op = "wina::sparse_group";
   const size_t count = weights.size();
   TORCH_CHECK(count > 0 && thresholds.size() == count && biases.size() == count &&
                   scales.size() == count,
-              "wina::sparse_group: expected one threshold, bias and scale (or None) for each of at "
-              "least one weight");
-  std::vector<Tensor> ys;
-  ys.reserve(count);
+              op, ": expected one threshold, bias and scale (or None) for each of at least one "
+              "weight");
+  check_input(op, x, std::any_of(weights.begin(), weights.end(),
+                                 [](const Tensor& w) { return w.requires_grad(); }));
+  const int64_t tokens = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
+  std::vector<Projection> projections;
   for (size_t i = 0; i < count; ++i)
-    ys.push_back(sparse_linear(x, weights[i], thresholds[i], biases.get(i), scales.get(i), {}));
-  return ys;
-}
-
-// -------------------------------------------------------------------------------------- scales
-
-// A float's bits, those of negative numbers turned over: ordered as integers like the floats. Its
-// own inverse but for the type.
-inline int32_t to_key(float v) {
-  int32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  return bits ^ ((bits >> 31) & INT32_MAX);
-}
-
-inline float from_key(int32_t key) {
-  const int32_t bits = key ^ ((key >> 31) & INT32_MAX);
-  float v;
-  std::memcpy(&v, &bits, sizeof v);
-  return v;
-}
-
-int32_t count_below(const int32_t* keys, int64_t K, int32_t limit) {
-  int32_t count = 0;
-  for (int64_t j = 0; j < K; ++j) count += keys[j] < limit;
-  return count;
-}
-
-// Half way between the dropped-th smallest score |x| / threshold and the next one, NaN as +inf.
-// The score of a rank is found bit by bit, counting what lies below: no sort, no branch on data.
-template <class T>
-float topk_cutoff(const T* x, const float* threshold, int64_t K, int64_t dropped, int32_t* keys) {
-  const int32_t infinite = to_key(INFINITY);
-  for (int64_t j = 0; j < K; ++j) {
-    const float score = std::fabs(static_cast<float>(x[j])) / threshold[j];
-    keys[j] = std::isnan(score) ? infinite : to_key(score);
-  }
-  int32_t lower = count_below(keys, K, 0) < dropped ? 0 : INT32_MIN;
-  for (int bit = 30; bit >= 0; --bit) {
-    const int32_t candidate = lower + (int32_t{1} << bit);
-    if (count_below(keys, K, candidate) < dropped) lower = candidate;
-  }
-  int32_t upper = INT32_MAX;
-  int64_t up_to = 0;
-  for (int64_t j = 0; j < K; ++j) {
-    up_to += keys[j] <= lower;
-    upper = std::min(upper, keys[j] <= lower ? INT32_MAX : keys[j]);
-  }
-  if (up_to > dropped) upper = lower;
-  return (from_key(lower) + from_key(upper)) / 2;
-}
-
-// One float for each token: f(x of the token, its scratch of K integers).
-template <class T, class F>
-void for_tokens(const Tensor& x, Tensor& scale, const F& f) {
-  const int64_t K = x.size(-1);
-  const T* in = x.const_data_ptr<T>();
-  float* out = scale.mutable_data_ptr<float>();
-  at::parallel_for(0, scale.numel(), 1, [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<int32_t> scratch;
-    if (static_cast<int64_t>(scratch.size()) < K) scratch.resize(K);
-    for (int64_t t = begin; t < end; ++t) out[t] = f(in + t * K, scratch.data());
-  });
-}
-
-Tensor one_a_token(const Tensor& x) {
-  return at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
-}
-
-Tensor topk_scale(const Tensor& x, const Tensor& threshold, int64_t dropped) {
-  const char* op = "wina::topk_scale";
-  check_input(op, x, false);
-  const int64_t K = x.size(-1);
-  TORCH_CHECK(threshold.dim() == 1 && threshold.size(0) == K && threshold.is_cpu() &&
-                  threshold.scalar_type() == at::kFloat,
-              op, ": threshold must be [", K, "] float32 on the CPU, got ", threshold.sizes(), " ",
-              threshold.scalar_type());
-  TORCH_CHECK(0 < dropped && dropped < K && K < INT32_MAX, op, ": dropped must be in [1, ", K - 1,
-              "], got ", dropped);
-  const Tensor limit = threshold.contiguous();
-  const float* t = limit.const_data_ptr<float>();
-  Tensor scale = one_a_token(x);
-  const auto of = [&](auto* row, int32_t* keys) { return topk_cutoff(row, t, K, dropped, keys); };
-  switch (x.scalar_type()) {
-    case at::kBFloat16: for_tokens<at::BFloat16>(x.contiguous(), scale, of); break;
-    case at::kHalf: for_tokens<at::Half>(x.contiguous(), scale, of); break;
-    default: for_tokens<float>(x.to(at::kFloat).contiguous(), scale, of); break;
-  }
-  return scale;
-}
-
-Tensor mean_scale(const Tensor& x) {
-  check_input("wina::mean_scale", x, false);
-  return at::mean(x.abs(), {-1}, /*keepdim=*/false, at::kFloat);
+    projections.push_back(check(op, "", x, tokens, weights[i], thresholds[i],
+                                biases.get(i), scales.get(i)));
+  return linear(x, tokens, projections, {});
 }
 
 }  // namespace
 }  // namespace wina
 
 TORCH_LIBRARY_IMPL(wina, CPU, m) {
-  m.impl("mean_scale", TORCH_FN(wina::mean_scale));
   m.impl("sparse_linear", TORCH_FN(wina::sparse_linear));
   m.impl("sparse_group", TORCH_FN(wina::sparse_group));
-  m.impl("topk_scale", TORCH_FN(wina::topk_scale));
   m.impl("sparse_gate_up", TORCH_FN(wina::sparse_gate_up));
 }
