@@ -22,7 +22,9 @@ KINDS = (SPARSE, DENSE, HEAD, ATTENTION, NORMS, BETWEEN, PYTHON)
 WEIGHTS = (SPARSE, DENSE, HEAD)
 
 _KIND_OF = {
-    **dict.fromkeys(("sparse", "sparse_integers", "gate_up", "gate_up_integers"), SPARSE),
+    **dict.fromkeys(
+        ("sparse", "sparse_integers", "gate_up", "gate_up_integers", "group_of_three"), SPARSE
+    ),
     "dense": DENSE,
     "attend": ATTENTION,
     "rms_norm": NORMS,

@@ -108,6 +108,11 @@ def _gate_up_integers(*operands: Any) -> Tensor:
     return quantized.gate_up_operator(*before, ACTIVATION_NAMES[activation], *rest)
 
 
+def _group_of_three(x: Tensor, *rest: Tensor | None) -> list[Tensor]:
+    columns = [list(rest[i::4]) for i in range(4)]
+    return ops.sparse_group(x, *columns)
+
+
 def _gated(gate: Tensor, up: Tensor, activation: int) -> Tensor:
     wide = ACTIVATIONS[ACTIVATION_NAMES[activation]](gate.float()) * up.float()
     return wide.to(gate.dtype)
@@ -131,12 +136,13 @@ class Instruction:
     """What an instruction does.
 
     Attributes:
-        definition: in plain torch, or the operator that it calls.
+        definition: in plain torch, or the operator that it calls. A list goes to as many registers
+            in a row.
         operands: the kind of each of its arguments.
         implicit: names of arguments that every step has (``token``, ``position``), passed first.
     """
 
-    definition: Callable[..., Tensor]
+    definition: Callable[..., Tensor | list[Tensor]]
     operands: tuple[str, ...]
     implicit: str | None = None
 
@@ -170,6 +176,9 @@ INSTRUCTIONS: dict[str, Instruction] = {
     "logits": Instruction(_logits, (REGISTER, NUMBER, NUMBER)),
     "mean_scale": Instruction(reference.mean_scale, (REGISTER,)),
     "topk_scale": Instruction(reference.topk_scale, (REGISTER, CONSTANT, INTEGER)),
+    "group_of_three": Instruction(
+        _group_of_three, (REGISTER, *3 * (CONSTANT, CONSTANT, CONSTANT, REGISTER))
+    ),
 }
 _TABLE = tuple(INSTRUCTIONS.values())
 
@@ -213,14 +222,16 @@ def decode_step(
     for number in words:
         start = time.perf_counter()
         instruction, out = _TABLE[number], next(words)
-        arguments = [implicit[instruction.implicit]] if instruction.implicit else []
+        arguments: list[Any] = [implicit[instruction.implicit]] if instruction.implicit else []
         for kind in instruction.operands:
             word = next(words)
             if kind == INTEGER:
                 arguments.append(word)
             else:
                 arguments.append(None if word < 0 else fetch[kind](word))
-        registers[out] = instruction.definition(*arguments)
+        result = instruction.definition(*arguments)
+        for further, y in enumerate(result if isinstance(result, list) else [result]):
+            registers[out + further] = y
         if times is not None:
             times[done] += time.perf_counter() - start
             done += 1
@@ -257,15 +268,15 @@ class Cache:
 class Builder:
     """Writes a program down.
 
-    Registers have names; writing one again frees what it held. Tensors become constants, floats
-    numbers.
+    Registers have names; writing one again frees what it held. Those named at the start lie in a
+    row. Tensors become constants, floats numbers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, registers: Sequence[str] = ()) -> None:
         self.code: list[int] = []
         self.numbers: list[float] = []
         self.constants: list[Tensor] = []
-        self._registers: dict[str, int] = {}
+        self._registers = {name: number for number, name in enumerate(registers)}
         self._known: dict[int, int] = {}
 
     def emit(self, name: str, out: str, *operands: str | Tensor | Cache | float | None) -> str:

@@ -8,6 +8,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <array>
 #include <chrono>
 
 #include "common.h"
@@ -18,7 +19,7 @@ namespace {
 // The numbering of INSTRUCTIONS in kernels/program.py.
 enum class Op : int64_t {
   embed, rms_norm, dense, sparse, sparse_integers, gate_up, gate_up_integers, gated, slice, attend,
-  add, logits, mean_scale, topk_scale
+  add, logits, mean_scale, topk_scale, group_of_three
 };
 
 constexpr const char* kActivations[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2"};
@@ -266,6 +267,9 @@ using GateUp = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&
 using GateUpIntegers = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                               const Tensor&, int64_t, int64_t, const Tensor&, const Tensor&,
                               c10::string_view, Optional, Optional, Optional, Optional);
+using Group = std::vector<Tensor>(const Tensor&, at::TensorList, at::TensorList,
+                                  const c10::List<OptionalTensor>&,
+                                  const c10::List<OptionalTensor>&);
 using MeanScale = Tensor(const Tensor&);
 using TopkScale = Tensor(const Tensor&, const Tensor&, int64_t);
 
@@ -288,7 +292,7 @@ class Machine {
       const auto op = static_cast<Op>(next());
       out = next();
       TORCH_CHECK(0 <= out && out < kRegisters, "wina::decode_step: no register ", out);
-      Tensor result = run(op);
+      Tensor result = run(op, out);
       registers_[out] = std::move(result);
       if (!times) continue;
       TORCH_CHECK(done < most_times, "wina::decode_step: times has ", most_times, " entries only");
@@ -339,7 +343,7 @@ class Machine {
     return i;
   }
 
-  Tensor run(Op op) {
+  Tensor run(Op op, int64_t out) {
     switch (op) {
       case Op::embed: return embed();
       case Op::rms_norm: return norm();
@@ -398,8 +402,27 @@ class Machine {
         const Tensor &x = reg(), &threshold = constant();
         return f.call(x, threshold, next());
       }
+      case Op::group_of_three: return group_of_three(out);
     }
     TORCH_CHECK(false, "wina::decode_step: no instruction ", static_cast<int64_t>(op));
+  }
+
+  Tensor group_of_three(int64_t out) {
+    static const auto f = library<Group>("wina::sparse_group");
+    TORCH_CHECK(out + 2 < kRegisters, "wina::decode_step: no register ", out + 2);
+    const Tensor& x = reg();
+    std::array<Tensor, 3> weights, thresholds;
+    c10::List<OptionalTensor> biases, scales;
+    for (int i = 0; i < 3; ++i) {
+      weights[i] = constant();
+      thresholds[i] = constant();
+      biases.push_back(optional_constant());
+      scales.push_back(optional_reg());
+    }
+    std::vector<Tensor> ys = f.call(x, weights, thresholds, biases, scales);
+    registers_[out + 1] = std::move(ys[1]);
+    registers_[out + 2] = std::move(ys[2]);
+    return std::move(ys[0]);
   }
 
   Tensor embed() {

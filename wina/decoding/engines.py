@@ -1,4 +1,4 @@
-"""What runs a token through a model: the trimmed step where it is recognised, else its own forward."""
+"""What runs a token through a model: a trimmed step where it is recognised, else its forward."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wina.decoding.tables import Unseen, look
-from wina.decoding.writer import Program, Unrecognised, decoder_of, write_program
+from wina.decoding.forms import UnrecognisedError
+from wina.decoding.tables import look
+from wina.decoding.writer import Program, decoder_of, write_program
 from wina.errors import ConfigError
 from wina.kernels import cpu
 from wina.kernels.program import step
@@ -186,7 +187,7 @@ class Trimmed(Engine):
         """Compare one token with the model's own forward, both dense, after a random context.
 
         Raises:
-            Unrecognised: the logits differ.
+            UnrecognisedError: the logits differ.
         """
         self.reserve(_VERIFIED_CONTEXT + 1)
         assert self._ready is not None
@@ -215,7 +216,7 @@ class Trimmed(Engine):
         wanted = want.logits[0, -1].float()
         error = float((got - wanted).norm() / wanted.norm())
         if not error <= _TOLERANCE[self.model.dtype]:
-            raise Unrecognised(
+            raise UnrecognisedError(
                 "its parts have known names, but logits differ from the model's own by "
                 f"{error:.1e} of their norm"
             )
@@ -238,7 +239,7 @@ def choose_engine(model: Any, rows: int = 1) -> Engine:
         engine = Trimmed(model)
         try:
             engine.verify()
-        except (Unrecognised, Unseen) as error:
+        except UnrecognisedError as error:
             refusal = str(error)
         except (AttributeError, RuntimeError, TypeError, ValueError, IndexError) as error:
             # A model may use the names of a form for things of another shape.

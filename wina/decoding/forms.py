@@ -1,12 +1,16 @@
 """How decoders name their parts: what differs between architectures, as data.
 
-A form is recognised by names and then verified by numbers (:mod:`wina.decoding.trimmed`), so a model
-that uses the names for another formula decodes through its own forward.
+A form is recognised by names and then verified by numbers (:mod:`wina.decoding.engines`), so a
+model that uses the names for another formula decodes through its own forward.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+
+class UnrecognisedError(Exception):
+    """Why no decode step can be written for a model, in words for the user."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from wina.errors import ConfigError
 
-# Fields of a GenerationConfig that process logits, in transformers' order: (field, class, value that
-# does nothing). Those of the second group only matter to sampling.
+# Fields of a GenerationConfig that process logits, in transformers' order: (field, class, value
+# that does nothing). Those of the second group only matter to sampling.
 _ALWAYS = (
     ("repetition_penalty", "RepetitionPenaltyLogitsProcessor", 1.0),
     ("no_repeat_ngram_size", "NoRepeatNGramLogitsProcessor", 0),

@@ -1,4 +1,4 @@
-"""What decoder layers are given from outside, found by looking: embeddings, rotary tables, windows."""
+"""What decoder layers are given from outside, found by looking: embeddings, rotations, windows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from wina.decoding.forms import UnrecognisedError
 
 _CHUNK = 512
 
@@ -28,10 +30,6 @@ class Seen:
     windows: list[int]
 
 
-class Unseen(Exception):
-    """Why it could not be found out."""
-
-
 def look(model: Any, decoder: Any, length: int) -> Seen:
     """Run a model with its layers taken out and note what they would have been given.
 
@@ -39,6 +37,9 @@ def look(model: Any, decoder: Any, length: int) -> Seen:
         model: a causal language model of transformers.
         decoder: the module that holds its ``layers``.
         length: of the rotary tables, in tokens.
+
+    Raises:
+        UnrecognisedError: a layer is given something else.
     """
     import transformers
 
@@ -50,7 +51,7 @@ def look(model: Any, decoder: Any, length: int) -> Seen:
     token = next((i for i in range(min(16, len(embedding))) if embedding[i].any()), 0)
     kinds = {str(kind) for kind in _rope_kinds(decoder)}
     if kinds & {"dynamic", "longrope"}:
-        raise Unseen("its rotary embedding changes with the length of the sequence")
+        raise UnrecognisedError("its rotary embedding changes with the length of the sequence")
     with torch.no_grad():
         for start in range(0, length, _CHUNK):
             count = min(_CHUNK, length - start)
@@ -59,7 +60,7 @@ def look(model: Any, decoder: Any, length: int) -> Seen:
             with _recorded(decoder.layers) as calls:
                 decoder(input_ids=tokens, position_ids=positions, use_cache=False)
             if len(calls) != len(tables):
-                raise Unseen("its layers are not called once each")
+                raise UnrecognisedError("its layers are not called once each")
             if scale is None:
                 scale = _scale(embedding[token], calls[0][0][0, 0])
             for table, (_, rope) in zip(tables, calls, strict=True):
@@ -92,7 +93,7 @@ def _scale(row: Tensor, x: Tensor) -> float:
     wide, seen = row.detach().double(), x.double()
     factor = float(wide @ seen / (wide @ wide).clamp_min(1e-30))
     if not torch.allclose(factor * wide, seen, rtol=2e-2, atol=1e-6):
-        raise Unseen("the first layer's input is no multiple of a row of the embedding")
+        raise UnrecognisedError("the first layer's input is no multiple of a row of the embedding")
     return factor
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from wina.decoding.forms import (
     USES_ROPE,
     AttentionForm,
     MlpForm,
+    UnrecognisedError,
     first_of,
 )
 from wina.decoding.tables import Seen
@@ -30,10 +31,6 @@ from wina.linear import SparseLinear
 from wina.mlp import SparseGatedMLP, recognise_activation
 from wina.quantized_linear import QuantizedSparseLinear
 from wina.selectors import Relative, Selector, Threshold, TopK
-
-
-class Unrecognised(Exception):
-    """Why no program can be written for a model, in words for the user."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ def write_program(model: Any, seen: Seen) -> Program:
         seen: what its layers were seen to be given.
 
     Raises:
-        Unrecognised: a part has no known form; the message names it.
+        UnrecognisedError: a part has no known form; the message names it.
     """
     return _Writer(model, seen).write()
 
@@ -82,8 +79,12 @@ def decoder_of(model: Any) -> nn.Module:
     base: Any = getattr(model, model.base_model_prefix, None)
     layers = getattr(base, "layers", None)
     if not isinstance(base, nn.Module) or not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise Unrecognised(f"{type(model).__name__} keeps no decoder layers in `layers`")
+        raise UnrecognisedError(f"{type(model).__name__} keeps no decoder layers in `layers`")
     return base
+
+
+# Registers of query, key and value, in a row: one instruction can write all three.
+_HIDDEN = ("q", "k", "v")
 
 
 class _Writer:
@@ -91,7 +92,7 @@ class _Writer:
         self.model = model
         self.decoder: Any = decoder_of(model)
         self.seen = seen
-        self.program = Builder()
+        self.program = Builder(_HIDDEN)
         self.caches: list[CacheShape] = []
         self.keep_all: dict[int, Tensor] = {}  # id of a threshold → its dense stand-in
 
@@ -99,7 +100,7 @@ class _Writer:
         embedding = self.model.get_input_embeddings()
         head = self.model.get_output_embeddings()
         if head is None or not isinstance(head, nn.Linear) or isinstance(head, SparseLinear):
-            raise Unrecognised("the language-model head is no nn.Linear")
+            raise UnrecognisedError("the language-model head is no nn.Linear")
         self.program.emit("embed", "x", embedding.weight.detach(), self.seen.embedding_scale)
         for index, layer in enumerate(self.decoder.layers):
             self._layer(index, layer)
@@ -124,8 +125,10 @@ class _Writer:
         self._block(layer, form.before_attention, form.after_attention, factor,
                     lambda x, residual: self._attention(index, getattr(layer, form.attention), x,
                                                         residual))  # fmt: skip
-        self._block(layer, form.before_mlp, form.after_mlp, factor,
-                    lambda x, residual: self._mlp(getattr(layer, form.mlp), x, residual))  # fmt: skip
+        self._block(
+            layer, form.before_mlp, form.after_mlp, factor,
+            lambda x, residual: self._mlp(getattr(layer, form.mlp), x, residual),
+        )  # fmt: skip
 
     def _block(
         self, layer: Any, before: str | None, after: str | None, factor: float,
@@ -174,7 +177,7 @@ class _Writer:
             else recognise_activation(getattr(mlp, form.activation))
         )
         if name is None:
-            raise Unrecognised(f"no kernel knows the activation {type(mlp).__name__} uses")
+            raise UnrecognisedError(f"no kernel knows the activation {type(mlp).__name__} uses")
         activation = ACTIVATION_NAMES.index(name)
         projections = [getattr(mlp, part) for part in form.inputs]
         down = getattr(mlp, form.output)
@@ -189,6 +192,15 @@ class _Writer:
         self, projections: Sequence[nn.Linear], x: str, names: str, widths: Sequence[int]
     ) -> list[str]:
         """Products of several projections, or of a joint one cut into widths; one register each."""
+        if len(projections) == 3 and _groups(projections):
+            operands = [
+                part
+                for projection, scale in zip(projections, "stu", strict=True)
+                for part in (_k_major(projection), self._threshold(projection), _bias(projection),
+                             self._scale(projection, x, scale))
+            ]  # fmt: skip
+            self.program.emit("group_of_three", names[0], x, *operands)
+            return list(names)
         if len(projections) > 1:
             return [
                 self._linear(name, x, projection)
@@ -204,13 +216,13 @@ class _Writer:
     def _norm(self, out: str, x: str, norm: Any, what: str) -> str:
         weight, eps = getattr(norm, "weight", None), first_of(norm, EPS, -1.0)
         if not isinstance(weight, Tensor) or eps < 0 or len(list(norm.parameters())) != 1:
-            raise Unrecognised(f"{what} ({type(norm).__name__}) is no RMS norm")
+            raise UnrecognisedError(f"{what} ({type(norm).__name__}) is no RMS norm")
         return self.program.emit("rms_norm", out, x, weight.detach(), eps, _offset(norm, eps))
 
     def _linear(self, out: str, x: str, linear: nn.Linear, residual: str | None = None) -> str:
         if not isinstance(linear, SparseLinear):
             if not isinstance(linear, nn.Linear):
-                raise Unrecognised(f"{type(linear).__name__} is no nn.Linear")
+                raise UnrecognisedError(f"{type(linear).__name__} is no nn.Linear")
             return self.program.emit(
                 "dense", out, x, linear.weight.detach(), _bias(linear), residual
             )
@@ -245,7 +257,9 @@ class _Writer:
     def _scale(self, linear: SparseLinear, x: str, out: str) -> str | None:
         scale = _SCALES.get(type(linear.selector))
         if scale is None:
-            raise Unrecognised(f"no instruction for the selector {type(linear.selector).__name__}")
+            raise UnrecognisedError(
+                f"no instruction for the selector {type(linear.selector).__name__}"
+            )
         return scale(self.program, linear, x, out)
 
 
@@ -253,7 +267,7 @@ def _topk(program: Builder, linear: SparseLinear, x: str, out: str) -> str:
     channels = linear.in_features
     dropped = min(round(linear.sparsity * channels), channels - 1)
     if dropped <= 0:
-        raise Unrecognised("top-k that drops nothing")
+        raise UnrecognisedError("top-k that drops nothing")
     return program.emit("topk_scale", out, x, linear.threshold, dropped)
 
 
@@ -278,9 +292,8 @@ def _form_of(
     for form in forms:
         if names(form) <= children <= names(form) | optional:
             return form
-    raise Unrecognised(
-        f"{what} ({type(module).__name__}) has parts of no known form: {', '.join(sorted(children))}"
-    )
+    known = ", ".join(sorted(children))
+    raise UnrecognisedError(f"{what} ({type(module).__name__}) has parts of no known form: {known}")
 
 
 def _offset(norm: Any, eps: float) -> float:
@@ -295,7 +308,15 @@ def _offset(norm: Any, eps: float) -> float:
     for offset in (0.0, 1.0):
         if torch.allclose(y, scaled * (weight.float() + offset), rtol=2e-2, atol=1e-5):
             return offset
-    raise Unrecognised(f"{type(norm).__name__} computes something else than an RMS norm")
+    raise UnrecognisedError(f"{type(norm).__name__} computes something else than an RMS norm")
+
+
+def _groups(projections: Sequence[nn.Linear]) -> TypeGuard[Sequence[SparseLinear]]:
+    """Whether float products can share a launch."""
+    return all(
+        isinstance(p, SparseLinear) and not isinstance(p, QuantizedSparseLinear)
+        for p in projections
+    )
 
 
 def _fusible(gate: nn.Linear, up: nn.Linear) -> bool:
@@ -310,7 +331,7 @@ def _bias(linear: nn.Linear) -> Tensor | None:
 
 def _k_major(linear: SparseLinear) -> Tensor:
     if not linear.choice.backend.k_major:
-        raise Unrecognised(
+        raise UnrecognisedError(
             f"{linear.name} is served by the backend {linear.choice.backend.name} "
             f"({linear.choice.reason})"
         )
