@@ -120,10 +120,10 @@ inline void dots(const float* q, const float* rows, int64_t D, float* scores) {
 #pragma GCC unroll 8
     for (int t = 0; t < kLanes; ++t) s[t] += w * load(rows + t * D + i);
   }
-  for (int t = 0; t < kLanes; ++t) {
-    scores[t] = sum(s[t]);
-    for (int64_t j = i; j < D; ++j) scores[t] += q[j] * rows[t * D + j];
-  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kLanes; ++t) scores[t] = sum(s[t]);
+  for (; i < D; ++i)
+    for (int t = 0; t < kLanes; ++t) scores[t] += q[i] * rows[t * D + i];
 }
 
 // acc += sum over kLanes rows of p[t] * rows[t].
@@ -164,8 +164,14 @@ void attend_part(const float* q, int64_t heads, const T* keys, const T* values, 
     float *score = p + h * padded, *out = part + h * stride;
     if (softcap != 0.0f)
       for (int64_t t = 0; t < n; ++t) score[t] = softcap * std::tanh(score[t] / softcap);
-    float most = score[0];
-    for (int64_t t = 1; t < n; ++t) most = score[t] > most ? score[t] : most;
+    std::fill(score + n, score + padded, score[n - 1]);
+    Floats highest = load(score);
+    for (int64_t t = kLanes; t < padded; t += kLanes) {
+      const Floats v = load(score + t);
+      highest = v > highest ? v : highest;
+    }
+    float most = highest[0];
+    for (int t = 1; t < kLanes; ++t) most = std::max(most, highest[t]);
     for (int64_t t = 0; t < padded; t += kLanes)
       store(score + t, exp_negative(load(score + t) - most));
     std::fill(score + n, score + padded, 0.0f);
@@ -231,11 +237,12 @@ void attend(const Attention& a, Tensor& y) {
       all += c * part[s * next + 1];
       part[s * next] = c;
     }
-    for (int64_t i = 0; i < D; ++i) {
-      float value = 0.0f;
-      for (int64_t s = 0; s < splits; ++s) value += part[s * next] * part[s * next + 2 + i];
-      out[h * D + i] = static_cast<T>(value / all);
-    }
+    float* value = part + 2;
+    for (int64_t i = 0; i < D; ++i) value[i] *= part[0];
+    for (int64_t s = 1; s < splits; ++s)
+      for (int64_t i = 0; i < D; ++i) value[i] += part[s * next] * value[s * next + i];
+    const float whole = 1.0f / all;
+    for (int64_t i = 0; i < D; ++i) out[h * D + i] = static_cast<T>(value[i] * whole);
   }
 }
 
