@@ -321,14 +321,16 @@ class Machine {
                 "wina::decode_step: register ", i, " is empty");
     return registers_[i];
   }
-  OptionalTensor optional_reg() { return *at_ < 0 ? skip() : OptionalTensor(reg()); }
+  OptionalTensor optional_reg() { return missing() ? OptionalTensor() : OptionalTensor(reg()); }
   const Tensor& constant() {
     const int64_t i = next();
     TORCH_CHECK(0 <= i && i < static_cast<int64_t>(constants_.size()),
                 "wina::decode_step: no constant ", i);
     return constants_[i];
   }
-  OptionalTensor optional_constant() { return *at_ < 0 ? skip() : OptionalTensor(constant()); }
+  OptionalTensor optional_constant() {
+    return missing() ? OptionalTensor() : OptionalTensor(constant());
+  }
   const Tensor& cache() {
     const int64_t i = next();
     TORCH_CHECK(0 <= i && i < static_cast<int64_t>(caches_.size()), "wina::decode_step: no cache ",
@@ -340,9 +342,11 @@ class Machine {
     TORCH_CHECK(0 <= i && i < number_count_, "wina::decode_step: no number ", i);
     return numbers_[i];
   }
-  OptionalTensor skip() {
-    next();
-    return std::nullopt;
+  // Whether the operand is left out; moves past it then.
+  bool missing() {
+    const bool left_out = at_ < end_ && *at_ < 0;
+    at_ += left_out;
+    return left_out;
   }
   int64_t activation() {
     const int64_t i = next();
