@@ -268,7 +268,8 @@ def _topk(program: Builder, linear: SparseLinear, x: str, out: str) -> str:
     dropped = min(round(linear.sparsity * channels), channels - 1)
     if dropped <= 0:
         raise UnrecognisedError("top-k that drops nothing")
-    return program.emit("topk_scale", out, x, linear.threshold, dropped)
+    # A constant of its own: the dense stand-in of the product's thresholds must not reach it.
+    return program.emit("topk_scale", out, x, linear.threshold.clone(), dropped)
 
 
 # How the factor of a token's thresholds is computed.
