@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -201,6 +202,9 @@ def decode_command(
     batch: Annotated[str, typer.Option(help="Sequences at once, by commas.")] = "1",
     context: Annotated[str, typer.Option(help="Tokens of the prompts, by commas.")] = "16",
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 48,
+    engines: Annotated[
+        str, typer.Option(help="By commas: eager (model.generate), wina (wina.decode), compiled.")
+    ] = "eager,wina",
     compiled: Annotated[
         bool, typer.Option(help="Also with torch.compile (takes minutes on a CPU).")
     ] = False,
@@ -212,13 +216,14 @@ def decode_command(
     against: Against = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Time `model.generate`, prefill and decode: dense transformers and patched models in turn."""
+    """Time prefill and decode, dense and sparse in turn: `model.generate` and `wina.decode`."""
     import torch
 
-    from wina.bench.decode import Sweep, bench_decode, random_model
+    from wina.bench.decode import Sweep, bench_decode, calibration_texts, random_model
     from wina.bench.machine import Neighbours
     from wina.bench.timing import noise_warnings
     from wina.config import SparsityConfig
+    from wina.threads import thread_warnings
 
     if (model is None) == (shape is None):
         raise WinaError("pass either --model or --shape")
@@ -226,7 +231,7 @@ def decode_command(
         raise WinaError("device 'cuda' was asked for, but torch sees no GPU")
     sweep = Sweep(
         integers(batch), integers(context), new_tokens,
-        ("eager", "compiled") if compiled else ("eager",),
+        tuple(dict.fromkeys([*names(engines), *(["compiled"] if compiled else [])])),
     )  # fmt: skip
     plans = [
         SparsityConfig(method=m, sparsity=s, calibration_tokens=2048)
@@ -235,14 +240,15 @@ def decode_command(
     ]
     tokenizer: Any = None
     texts: Any = None
+    began = time.perf_counter()
     if shape is not None:
         loaded: Any = random_model(shape, dtype)
-        generator = torch.Generator().manual_seed(1)
-        texts = torch.randint(0, loaded.config.vocab_size, (2048,), generator=generator)
+        texts = calibration_texts(loaded)
     else:
         assert model is not None
         loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     loaded = loaded.to(device)
+    load_s = time.perf_counter() - began
     effort = _effort(quick, rounds if quick else rounds or 6)
     neighbours = Neighbours()
     rows = bench_decode(loaded, plans, sweep, tokenizer, texts, effort)
@@ -250,11 +256,11 @@ def decode_command(
         [row for row in rows if row["method"] != "dense"],
         ("engine", "method", "sparsity", "batch", "context"),
     )
-    warnings += neighbours.warnings()
+    warnings += [*neighbours.warnings(), *thread_warnings()]
     name = shape or Path(resolve_model(str(model))).name
     run = _document(
         "decode", f"{name}, {dtype}, {device}: greedy decode", rows, vars(sweep), warnings, effort,
-        model=name, other_cores=neighbours.cores,
+        model=name, other_cores=neighbours.cores, load_s=load_s,
     )  # fmt: skip
     _finish(run, picture, output, compare, against)
 
@@ -325,6 +331,77 @@ def peers_command(
         other_cores=neighbours.cores,
     )  # fmt: skip
     _finish(run, None, output, compare)
+
+
+@app.command("profile")
+def profile_command(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder, hub id or `demo`.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Random weights at a named shape: llama-3.2-1b, …")
+    ] = None,
+    method: Annotated[str, typer.Option(help="wina, teal, …")] = "wina",
+    sparsities: Annotated[
+        str, typer.Option(help="By commas; `dense` is the model as it was loaded.")
+    ] = "dense,0.5",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 16,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to time.")] = 64,
+    picture: Picture = None,
+    output: Output = None,
+    compare: Compare = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Where a decoded token's time goes: products, attention, norms, Python; a stacked bar each."""
+    import torch
+
+    from wina.api import sparsify
+    from wina.bench.decode import calibration_texts, prompts_for, random_model
+    from wina.bench.machine import Neighbours
+    from wina.bench.profile import profile_decode
+    from wina.bench.runs import document
+    from wina.config import SparsityConfig
+    from wina.patch import is_patched, restore
+
+    if (model is None) == (shape is None):
+        raise WinaError("pass either --model or --shape")
+    tokenizer: Any = None
+    if shape is not None:
+        loaded: Any = random_model(shape, dtype)
+    else:
+        loaded, tokenizer = load_model(str(model), dtype, trust_remote_code)
+    prompt = prompts_for(loaded, tokenizer, 1, context)
+    neighbours = Neighbours()
+    rows: list[dict[str, Any]] = []
+    for wanted in names(sparsities):
+        dense = wanted == "dense"
+        if is_patched(loaded):
+            restore(loaded)
+        if not dense:
+            config = SparsityConfig(
+                method=method, sparsity=numbers(wanted)[0], calibration_tokens=2048
+            )
+            texts = None if tokenizer else calibration_texts(loaded)
+            sparsify(loaded, config, tokenizer=tokenizer, texts=texts)
+        row = {
+            "engine": "wina decode",
+            "method": "dense" if dense else method,
+            "sparsity": 0.0 if dense else numbers(wanted)[0],
+            "dtype": dtype,
+            "context": context,
+            "threads": torch.get_num_threads(),
+            **profile_decode(loaded, prompt, new_tokens),
+        }
+        row["speedup"] = (rows[0] if rows else row)["ms_per_token"] / row["ms_per_token"]
+        rows.append(row)
+    name = shape or Path(resolve_model(str(model))).name
+    run = document(
+        "profile", f"{name}, {dtype}: milliseconds of a decoded token", rows,
+        {"new_tokens": new_tokens}, neighbours.warnings(), model=name,
+        other_cores=neighbours.cores,
+    )  # fmt: skip
+    _finish(run, picture, output, compare)
 
 
 def integers(values: str) -> list[int]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wina.decoding import Decoder
+from wina.memory import peak_resident, reset_peak, resident
 from wina.registry import Registry
 
 
@@ -34,6 +35,13 @@ class _Clock:
 
     def end(self) -> None:
         pass
+
+    def generation(self, start: float) -> Generation:
+        """Of a run that was started then."""
+        # put() is called for the prompt, then for every token; the first token ends the prefill.
+        times = self.times[1:]
+        steps = tuple(after - before for before, after in pairwise(times))
+        return Generation(times[0] - start, steps, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -77,15 +85,15 @@ def generate(model: nn.Module, prompt: Tensor, new_tokens: int, **options: Any) 
         streamer=clock,
         **options,
     )
-    # put() is called for the prompt, then for every token; the first token ends the prefill.
-    times = clock.times[1:]
-    steps = tuple(after - before for before, after in pairwise(times))
-    return Generation(times[0] - start, steps, clock.tokens)
+    return clock.generation(start)
 
 
 def decode_seconds(model: nn.Module, prompt: Tensor, new_tokens: int) -> float:
     """Seconds per token of greedy decode, without prefill; arguments of :func:`generate`."""
     return generate(model, prompt, new_tokens).step_s
+
+
+Run = Callable[[Tensor, int], Generation]
 
 
 @dataclass(frozen=True)
@@ -94,34 +102,60 @@ class Engine:
 
     Attributes:
         name: of rows.
-        compiled: whether ``forward`` is compiled by Inductor, with a static cache.
+        on: a context for a model that gives a function (prompt, new tokens) → Generation; after
+            it the model is as before.
+        ours: whether it is not what a user of transformers has anyway.
     """
 
     name: str
-    compiled: bool = False
-
-    @contextmanager
-    def on(self, model: nn.Module) -> Iterator[Callable[[Tensor, int], Generation]]:
-        """A function (prompt, new tokens) → :class:`Generation`; ``model`` is as before after."""
-        if not self.compiled:
-            yield lambda prompt, new_tokens: generate(model, prompt, new_tokens)
-            return
-        compiled = torch.compile(model.forward)
-
-        def run(prompt: Tensor, new_tokens: int) -> Generation:
-            # Set for the call alone: eager runs of the same model come between.
-            model.forward = compiled
-            try:
-                return generate(model, prompt, new_tokens, cache_implementation="static")
-            finally:
-                del model.forward
-
-        yield run
+    on: Callable[[nn.Module], AbstractContextManager[Run]]
+    ours: bool = False
 
 
 ENGINES: Registry[Engine] = Registry("engine")
-ENGINES.register("eager")(Engine("transformers generate"))
-ENGINES.register("compiled")(Engine("transformers compiled", compiled=True))
+
+
+@contextmanager
+def _eager(model: nn.Module) -> Iterator[Run]:
+    yield lambda prompt, new_tokens: generate(model, prompt, new_tokens)
+
+
+@contextmanager
+def _compiled(model: nn.Module) -> Iterator[Run]:
+    """``forward`` compiled by Inductor, with a static cache."""
+    compiled = torch.compile(model.forward)
+
+    def run(prompt: Tensor, new_tokens: int) -> Generation:
+        # Set for the call alone: eager runs of the same model come between.
+        model.forward = compiled
+        try:
+            return generate(model, prompt, new_tokens, cache_implementation="static")
+        finally:
+            del model.forward
+
+    yield run
+
+
+@contextmanager
+def _decoder(model: nn.Module) -> Iterator[Run]:
+    decoders: dict[int, Decoder] = {}
+
+    def run(prompt: Tensor, new_tokens: int) -> Generation:
+        rows = len(prompt)
+        if rows not in decoders:
+            decoders[rows] = Decoder(model, rows)
+        clock = _Clock()
+        start = time.perf_counter()
+        decoders[rows].decode(prompt, max_new_tokens=new_tokens, do_sample=False,
+                              eos_token_id=None, streamer=clock)  # fmt: skip
+        return clock.generation(start)
+
+    yield run
+
+
+ENGINES.register("eager")(Engine("transformers generate", _eager))
+ENGINES.register("compiled")(Engine("transformers compiled", _compiled))
+ENGINES.register("wina")(Engine("wina decode", _decoder, ours=True))
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -142,19 +176,7 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> tuple[i
         function()
         peak = torch.cuda.max_memory_allocated(device)
         return peak - before, peak
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = _resident("VmRSS")
-    except OSError:
-        before = 0
+    held = resident() if reset_peak() else None
     function()
-    peak = _resident("VmHWM")
-    return (max(0, peak - before) if before else None), peak
-
-
-def _resident(field: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(field)), 0)
+    most = peak_resident() or 0
+    return (None if held is None else max(0, most - held)), most

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from wina.threads import cpu_quota, usable_cores
+
 PACKAGES = ("torch", "transformers", "triton", "wina")
 _CPUS = Path("/sys/devices/system/cpu")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -28,7 +30,8 @@ def machine_card() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
-        "usable_cores": _usable_cores(),
+        "usable_cores": usable_cores(),
+        "cpu_quota": cpu_quota(),
         "threads": torch.get_num_threads(),
         "caches": cache_sizes(),
         "governor": _read(_CPUS / "cpu0/cpufreq/scaling_governor"),
@@ -112,13 +115,6 @@ class Neighbours:
         # user, nice, system, idle, iowait, irq, softirq, steal
         busy = sum(int(fields[i]) for i in (1, 2, 3, 6, 7, 8)) / os.sysconf("SC_CLK_TCK")
         return busy - sum(os.times()[:4])
-
-
-def _usable_cores() -> int | None:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count()
 
 
 def _load() -> float | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wina.bench.profile import KINDS as PROFILE_KINDS
 from wina.bench.roofline import KINDS
 from wina.errors import WinaError
 
@@ -15,6 +16,14 @@ KIND_COLOURS = dict(
         KINDS,
         ("#08519c", "#3182bd", "#6baed6", "#bdbdbd", "#e6550d", "#969696", "#525252", "#31a354",
          "#dadaeb", "#756bb1", "#fdae6b"),
+        strict=True,
+    )
+)  # fmt: skip
+# What reads weights is blue here, too.
+PROFILE_COLOURS = dict(
+    zip(
+        PROFILE_KINDS,
+        ("#08519c", "#6baed6", "#9ecae1", "#e6550d", "#fdae6b", "#969696", "#525252"),
         strict=True,
     )
 )  # fmt: skip
@@ -35,6 +44,7 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
         "kernels": _draw_kernels,
         "decode": _draw_decode,
         "roofline": _draw_roofline,
+        "profile": _draw_profile,
     }
     if not any(run["rows"] for run in runs):
         raise WinaError("the runs hold no rows to draw")
@@ -93,6 +103,31 @@ def _draw_roofline(runs: Sequence[Mapping[str, Any]]) -> Any:
     _plot_limit(speed, x)
     _label_speed(speed, "predicted speed-up over dense")
     figure.suptitle(_caption(runs))
+    return figure
+
+
+def _draw_profile(runs: Sequence[Mapping[str, Any]]) -> Any:
+    from matplotlib import pyplot as plt
+
+    rows = [row for run in runs for row in run["rows"]]
+    figure, axes = plt.subplots(figsize=(9, 1.8 + 0.45 * len(rows)), layout="constrained")
+    left = [0.0] * len(rows)
+    for kind in PROFILE_KINDS:
+        widths = [row["ms"].get(kind, 0.0) for row in rows]
+        if any(widths):
+            axes.barh(range(len(rows)), widths, left=left, label=kind,
+                      color=PROFILE_COLOURS[kind])  # fmt: skip
+            left = [x + width for x, width in zip(left, widths, strict=True)]
+    differing = [f for f in ("dtype", "context") if len({str(row[f]) for row in rows}) > 1]
+    axes.set_yticks(range(len(rows)), [_bar_name(row, differing) for row in rows])
+    for index, (total, row) in enumerate(zip(left, rows, strict=True)):
+        axes.annotate(f"{row['tokens_per_s']:.0f} tokens/s", (total, index), va="center",
+                      xytext=(4, 0), textcoords="offset points", fontsize=8)  # fmt: skip
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel("milliseconds of a decoded token")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(_caption(runs), fontsize=10)
     return figure
 
 

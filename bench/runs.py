@@ -68,6 +68,9 @@ KINDS: dict[str, Kind] = {
         "ms_per_step",
         "speedup_vs_best_peer",
     ),
+    "profile": Kind(
+        ("method", "sparsity", "dtype", "context", "threads"), "ms_per_token", "speedup"
+    ),
     "roofline": Kind(("sparsity", "batch", "context"), "ms_per_step", "speedup"),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from wina.bench.profile import KINDS as PROFILE_KINDS
 from wina.bench.runs import KINDS, compare_runs, different_machines, load, repeated, run_at, save
 from wina.bench.timing import NOISE_LIMIT, STEADY, TOO_FEW, TOO_NOISY
 
@@ -27,6 +28,10 @@ def _times(field: str) -> Callable[[Mapping[str, Any]], str]:
 
 def _number(field: str, form: str) -> Callable[[Mapping[str, Any]], str]:
     return lambda row: "" if row.get(field) is None else format(row[field], form)
+
+
+def _milliseconds(kind: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda row: f"{row['ms'].get(kind, 0.0):.2f}"
 
 
 def _text(field: str) -> Callable[[Mapping[str, Any]], str]:
@@ -95,6 +100,16 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("vs", _peers),
         ("next tokens", _number("agreement", ".0%")),
         ("verdict", _verdict),
+    ),
+    "profile": (
+        ("method", _text("method")),
+        ("sparsity", _number("sparsity", ".2f")),
+        ("dtype", _text("dtype")),
+        ("context", _text("context")),
+        *((kind, _milliseconds(kind)) for kind in PROFILE_KINDS),
+        ("ms a token", _number("ms_per_token", ".2f")),
+        ("not weights", _number("not_weights", ".0%")),
+        ("tokens/s", _number("tokens_per_s", ".1f")),
     ),
     "roofline": (
         ("sparsity", _number("sparsity", ".2f")),

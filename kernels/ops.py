@@ -36,11 +36,13 @@ class Operator:
             operator's.
         check: raises a RuntimeError that names the argument whose shape or dtype does not fit.
         output: an empty result of the right shape, dtype and device.
+        mutates: names of the arguments that it writes to.
     """
 
     definition: Callable[..., Any]
     check: Callable[[Arguments], None]
     output: Callable[[Arguments], Any]
+    mutates: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -50,7 +52,9 @@ class Operator:
     @property
     def schema(self) -> str:
         """As torch's dispatcher reads it."""
-        return torch.library.infer_schema(self.definition, op_name=self.name, mutates_args=())
+        return torch.library.infer_schema(
+            self.definition, op_name=self.name, mutates_args=self.mutates
+        )
 
     @cached_property
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -112,9 +116,10 @@ def define(
     definition: Callable[..., Any],
     check: Callable[[Arguments], None],
     output: Callable[[Arguments], Any],
+    mutates: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
     """Enter an operator, see :class:`Operator`; returns what callers call."""
-    operator = Operator(definition, check, output)
+    operator = Operator(definition, check, output, mutates)
     OPERATORS.register(operator.name)(operator)
     _LIBRARY.define(operator.schema, tags=torch.Tag.pt2_compliant_tag)
     default = operator.implementation(operator.define_by, lambda _: True)

@@ -30,7 +30,8 @@ def invoke(*arguments: str) -> str:
 @pytest.mark.parametrize(
     "command",
     [[], ["demo"], ["demo-model"], ["calibrate"], ["export"], ["inspect"], ["generate"],
-     ["bench", "kernels"], ["bench", "decode"], ["bench", "roofline"], ["bench", "plot"], ["eval"],
+     ["bench", "kernels"], ["bench", "decode"], ["bench", "profile"],
+     ["bench", "roofline"], ["bench", "plot"], ["eval"],
      ["eval", "ppl"], ["eval", "verify"]],
 )  # fmt: skip
 def test_help(command: list[str]) -> None:
@@ -100,9 +101,10 @@ def test_bench_kernels() -> None:
 def test_bench_decode(folder: str) -> None:
     out = invoke("bench", "decode", "--model", folder, "--new-tokens", "6", "--rounds", "1")
     rows = json.loads(out.splitlines()[-1])["rows"]
-    assert [row["method"] for row in rows] == ["dense", "teal", "wina"]
-    assert rows[1]["byte_ideal"] > 1
-    assert 0.2 < rows[1]["realised"] < 0.8
+    assert [row["method"] for row in rows] == ["dense", "dense", "teal", "teal", "wina", "wina"]
+    assert {row["engine"] for row in rows} == {"transformers generate", "wina decode"}
+    assert rows[2]["byte_ideal"] > 1
+    assert 0.2 < rows[2]["realised"] < 0.8
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from wina.api import sparsify
 from wina.calibration import calibrate
 from wina.config import SparsityConfig
+from wina.decoding import decode
 from wina.errors import WinaError
 from wina.inspection import inspect
 from wina.integrations.on_import import when_imported
@@ -27,6 +28,7 @@ __all__ = [
     "WinaConfig",
     "WinaError",
     "calibrate",
+    "decode",
     "dense",
     "inspect",
     "restore",

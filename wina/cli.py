@@ -241,34 +241,45 @@ def generate(
     plan: Annotated[Path | None, typer.Option(help="Plan folder; default: calibrate now.")] = None,
     method: Method = "wina",
     sparsity: Sparsity = 0.5,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write, at most.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token; 1 samples as the model says.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest; 0: from all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest that make up this probability.")
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 makes tokens that occurred less likely.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the continuation; may be repeated.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Continue a prompt greedily with the sparse model, printing tokens as they come.
+    """Continue a prompt, dense (`--method dense`) or sparse, as fast as this machine can.
 
-    A folder of `wina export` brings its plan along, and needs no other option.
+    A folder of `wina export` brings its plan along. bfloat16 reads half of float32's bytes,
+    `--weight-dtype int8` a quarter, and sparsity takes its share of either. Speed, the engine that
+    served and why, and memory are told on stderr.
     """
-    from transformers import TextStreamer
+    from wina.decoding.command import Request, run
 
-    import wina
-    from wina.patch import is_patched
-
-    config = wina.SparsityConfig(
-        method=method,
-        sparsity=0.0 if method == "dense" else sparsity,
-        weight_dtype=weight_dtype,
-    )
-    loaded, tokenizer = load_model(model, dtype, trust_remote_code, sparse=plan is None)
-    if not is_patched(loaded):
-        saved = None if plan is None else wina.SparsityPlan.load(plan)
-        give_rotation(loaded, saved.rotation if saved else config.rotation_spec, tokenizer)
-        wina.sparsify(loaded, saved or config, tokenizer=tokenizer)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    loaded.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=TextStreamer(tokenizer)
-    )
+    request = Request(
+        prompt, model, plan, method, sparsity, dtype, weight_dtype, trust_remote_code, stream, seed,
+        {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": temperature > 0,
+            **({"temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {}),
+            "repetition_penalty": repetition_penalty,
+            "stop_strings": stop or None,
+        },
+    )  # fmt: skip
+    run(request)
 
 
 def main() -> None:

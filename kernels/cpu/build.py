@@ -62,6 +62,7 @@ OPERATORS = (
     "dense_linear_rows_quantized",
     "topk_scale",
     "mean_scale",
+    "decode_step",
 )
 
 _log = logging.getLogger("wina")
