@@ -10,15 +10,18 @@ from typing import Annotated, Any
 import typer
 
 from wina.cli_options import (
+    CountAs,
     Dtype,
     Model,
     Trust,
     WeightDtype,
+    itemsize_of,
     load_model,
     names,
     numbers,
     read_text,
     resolve_model,
+    source_note,
 )
 from wina.errors import WinaError
 
@@ -42,6 +45,12 @@ Data = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(help="Documents of each task; default: all.")]
 Fewshot = Annotated[int | None, typer.Option(help="Examples in a prompt; default: the task's.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder for the results: one file a cell.")
+]
+Texts = Annotated[
+    str, typer.Option(help="Files to score, by commas, or `heldout` for the bundled text.")
+]
 BatchSize = Annotated[int, typer.Option(help="Sequences scored at once; no score depends on it.")]
 MaxLength = Annotated[int, typer.Option(help="Context in tokens; longer texts are cut.")]
 
@@ -203,8 +212,9 @@ def eval_ppl(
     tokens: Annotated[int, typer.Option(help="Score at most this many; 0: all.")] = 0,
     window: Annotated[int, typer.Option(help="Tokens in one window.")] = 512,
     selector: Annotated[
-        str, typer.Option(help="threshold, relative, topk or statistical.")
-    ] = "threshold",
+        str | None,
+        typer.Option(help="threshold, relative, topk or statistical; default: the method's."),
+    ] = None,
     correction: Annotated[
         str | None, typer.Option(help="Such as none, bias or learned; default: the method's.")
     ] = None,
@@ -240,6 +250,120 @@ def eval_ppl(
         },
     )
     print_comparison(Path(resolve_model(model)).name, rows, prefill)
+
+
+@app.command("ablation")
+def eval_ablation(
+    output: Output,
+    model: Model = "demo",
+    texts: Texts = "heldout",
+    sparsities: Annotated[str, typer.Option(help="By commas.")] = "0.25,0.4,0.5,0.65",
+    criteria: Annotated[
+        str, typer.Option(help="By commas.")
+    ] = "magnitude,norm-power:0.5,l2-norm,l1-norm",
+    rotations: Annotated[str, typer.Option(help="By commas.")] = "none,orthogonal",
+    allocations: Annotated[str, typer.Option(help="By commas.")] = "uniform,greedy,fisher",
+    selectors: Annotated[str, typer.Option(help="By commas.")] = "threshold,relative,topk",
+    tokens: Annotated[int, typer.Option(help="Tokens of each text to score.")] = 8192,
+    window: Annotated[int, typer.Option(help="Tokens in one window.")] = 512,
+    settings: Annotated[
+        str, typer.Option("--set", help="Settings of all: calibration_tokens=4096,seed=1.")
+    ] = "",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Every criterion × rotation × allocation × selector: which part is worth what.
+
+    `wina eval ablation -o out/ablation --texts wiki.test.raw,novel.txt --tokens 4096`
+
+    Resumable like any grid; what an allocation measures is measured once for all sparsities and
+    selectors. Writes ablation.md, ablation.png and ablation.json beside the cells.
+    """
+    _quiet_libraries()
+    from wina.eval.ablation import Levels, print_ablation, rows_of_ablation, write_ablation
+    from wina.eval.costs import TokenCosts
+    from wina.eval.grid import columns_of, parse_settings
+
+    levels = Levels(names(criteria), names(rotations), names(allocations), names(selectors))
+    common = {"prefill": "all", **parse_settings(names(settings))}
+    columns = columns_of(levels.labels(), numbers(sparsities), common)
+    lm = _load(model, dtype, trust_remote_code, "", 1, window)
+    cells = _run_columns(lm, model, columns, names(texts), tokens, window, output)
+    rows = rows_of_ablation(cells, TokenCosts(lm.model).dense.projections)
+    title = f"{Path(resolve_model(model)).name}, {tokens} tokens of {texts}"
+    print_ablation(title, rows, write_ablation(output, title, rows))
+
+
+@app.command("frontier")
+def eval_frontier(
+    output: Output,
+    model: Model = "demo",
+    texts: Texts = "heldout",
+    methods: Annotated[
+        str, typer.Option(help="By commas, each with settings of its own.")
+    ] = "teal,wina,wina-plus",
+    sparsities: Annotated[str, typer.Option(help="By commas; 0 is always there.")] = (
+        "0.25,0.4,0.5,0.65"
+    ),
+    count_as: CountAs = "bfloat16",
+    widths: Annotated[
+        str, typer.Option(help="By commas: loaded (as it is), int8, int4.")
+    ] = "loaded,int8,int4",
+    tokens: Annotated[int, typer.Option(help="Tokens of each text to score.")] = 8192,
+    window: Annotated[int, typer.Option(help="Tokens in one window.")] = 512,
+    settings: Annotated[
+        str, typer.Option("--set", help="Settings of all: calibration_tokens=4096,seed=1.")
+    ] = "",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Quality against bytes read per token: weight widths × sparsities × methods.
+
+    `wina eval frontier -o out/frontier --texts wiki.test.raw --methods wina,wina-plus`
+
+    Bytes are those of all that a token reads: kept rows with their scales, the head, thresholds,
+    corrections and rotations. Writes frontier.md, frontier.png and frontier.json beside the cells.
+    """
+    _quiet_libraries()
+    from wina.eval.costs import TokenCosts
+    from wina.eval.frontier import (
+        frontier_columns,
+        print_frontier,
+        rows_of_frontier,
+        write_frontier,
+    )
+    from wina.eval.grid import parse_settings
+
+    common = {"prefill": "all", **parse_settings(names(settings))}
+    columns = frontier_columns(names(methods), names(widths), numbers(sparsities), common)
+    lm = _load(model, dtype, trust_remote_code, "", 1, window)
+    cells = _run_columns(lm, model, columns, names(texts), tokens, window, output)
+    rows = rows_of_frontier(cells, TokenCosts(lm.model, itemsize_of(count_as)))
+    title = f"{Path(resolve_model(model)).name}, {tokens} tokens of {texts}"
+    note = source_note(model)
+    print_frontier(title, rows, write_frontier(output, title, rows, note), note)
+
+
+def _run_columns(
+    lm: Any,
+    model: str,
+    columns: list[Any],
+    texts: list[str],
+    tokens: int,
+    window: int,
+    output: Path,
+) -> list[dict[str, Any]]:
+    """Perplexity of columns on texts, as a resumable grid: all its cells."""
+    from wina.eval.grid import Grid, GridRun
+    from wina.eval.measurement import Settings
+    from wina.eval.run import open_tasks
+
+    with open_tasks([f"perplexity:{text}" for text in texts], None) as opened:
+        grid = Grid(
+            columns, opened, "all", Settings(max(1, tokens // window), None, window, window),
+            tokens, model, {"command": " ".join(["wina", *sys.argv[1:]])},
+        )  # fmt: skip
+        return GridRun(lm, grid, output).run()
 
 
 @app.command("report")

@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from wina.allocation import Measurements
 from wina.bench.machine import machine_card
 from wina.calibration import calibrate
 from wina.config import SparsityConfig
@@ -26,8 +28,10 @@ from wina.errors import ConfigError, PlanError, WinaError
 from wina.eval.agreement import agreement
 from wina.eval.measurement import EvalTask, Measurement, Settings
 from wina.files import remove_partial, write_atomically
+from wina.inspection import inspect
 from wina.patch import apply_plan, restore
 from wina.plan import SparsityPlan
+from wina.rotation import NO_ROTATION, rotated
 
 FORMAT = "wina-eval"
 VERSION = 1
@@ -50,6 +54,11 @@ class Column:
     label: str
     sparsity: float
     config: SparsityConfig | None
+
+    @property
+    def rotation(self) -> str:
+        """What the model has to be rotated by."""
+        return NO_ROTATION if self.config is None else self.config.rotation_spec
 
     @property
     def title(self) -> str:
@@ -174,6 +183,11 @@ class GridRun:
         self.fingerprint = fingerprint(lm.model)
         self.versions = versions()
         self.plan_texts = "bundled" if texts is None else _digest([str(text) for text in texts])
+        self.measurements = Measurements(
+            max(column.sparsity for column in grid.columns),
+            folder / "measurements",
+            {"model": self.fingerprint, "texts": self.plan_texts, "versions": self.versions},
+        )
 
     def run(self) -> list[dict[str, Any]]:
         """Measure what is missing; return every cell, the dense ones first."""
@@ -189,16 +203,21 @@ class GridRun:
                 cells[place] = cell
         clock = _Clock([place for place in places if place not in cells], self.show_progress)
         clock.say(f"{len(places)} cells, {len(cells)} of them measured before")
-        for column in self.grid.columns:
-            missing = [name for name in self.grid.tasks if (column, name) not in cells]
-            if not missing:
-                continue
-            with self._patched(column):
-                for name in missing:
-                    dense = cells.get((self.grid.columns[0], name))
-                    cell = self._measure(column, name, dense)
-                    cells[column, name] = cell
-                    clock.done((column, name), cell)
+        waiting = {
+            column: [name for name in self.grid.tasks if (column, name) not in cells]
+            for column in self.grid.columns
+        }
+        unfinished = [column for column in self.grid.columns if waiting[column]]
+        # Columns with the same rotation that follow each other are measured on one rotated model.
+        for rotation, columns in groupby(unfinished, key=lambda column: column.rotation):
+            with rotated(self.lm.model, rotation, self.lm.tokenizer, show_progress=False):
+                for column in columns:
+                    with self._patched(column):
+                        for name in waiting[column]:
+                            dense = cells.get((self.grid.columns[0], name))
+                            cell = self._measure(column, name, dense)
+                            cells[column, name] = cell
+                            clock.done((column, name), cell)
         return [cells[place] for place in places]
 
     @contextmanager
@@ -206,7 +225,8 @@ class GridRun:
         if column.config is None:
             yield
             return
-        apply_plan(self.lm.model, self._plan(column.config), column.config.prefill, BACKEND)
+        plan = self._plan(column.config)
+        apply_plan(self.lm.model, plan, column.config.prefill, BACKEND, keep_original=True)
         try:
             yield
         finally:
@@ -230,7 +250,9 @@ class GridRun:
                 return plan
         texts = self.texts
         show = self.show_progress and sys.stderr.isatty()
-        plan = calibrate(self.lm.model, self.lm.tokenizer, config, texts, show)
+        plan = calibrate(
+            self.lm.model, self.lm.tokenizer, config, texts, show, self.measurements
+        )  # fmt: skip
         plan.save(folder)
         return plan
 
@@ -269,6 +291,7 @@ class GridRun:
             "documents": max((len(values) for values in measured.rows.values()), default=0),
             "agreement": None,
             "realised": None,
+            "extra_bytes": inspect(self.lm.model).extra_bytes,
             "samples": list(measured.samples),
             "created": _now(),
         }

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from wina.allocation import Measurements
 from wina.api import sparsify
 from wina.bench.machine import machine_card
-from wina.calibration import Memory
+from wina.calibration import calibrate
 from wina.config import SparsityConfig
 from wina.errors import ConfigError
 from wina.inspection import inspect, measure_sparsity
@@ -25,6 +26,7 @@ from wina.methods import METHODS
 from wina.patch import is_patched, prefill_protocol, restore
 from wina.prefill import parse_prefill
 from wina.progress import progress
+from wina.rotation import rotated
 from wina.texts import bundled, to_windows
 
 
@@ -36,12 +38,14 @@ class Perplexity:
         nats: mean negative log-likelihood per predicted token.
         tokens: number of predicted tokens.
         realised: share of projection weights skipped by the tokens that were sparse; 0 if dense.
-        extra_bytes: what such a token reads for corrections, over all projections.
+        by_projection: that of each projection, by name; empty if dense.
+        extra_bytes: what such a token reads for corrections and rotations.
     """
 
     nats: float
     tokens: int
     realised: float
+    by_projection: Mapping[str, float] = field(default_factory=dict)
     extra_bytes: int = 0
 
     @property
@@ -86,11 +90,10 @@ def perplexity(
             total += float(F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))
             count += ids[:, 1:].numel()
             advance(len(ids))
+    if counter is None:
+        return Perplexity(total / count, count, 0.0)
     return Perplexity(
-        total / count,
-        count,
-        counter.mean if counter else 0.0,
-        inspect(model).extra_bytes if counter else 0,
+        total / count, count, counter.mean, counter.by_projection, inspect(model).extra_bytes
     )
 
 
@@ -175,20 +178,25 @@ def compare(
     ]
     baseline = perplexity(model, windows, title="scoring dense", show_progress=show_progress)
     rows = [_row("dense", 0.0, baseline, baseline)]
-    memory: Memory = {}
+    measurements = Measurements(max(sparsities, default=0.0))
     for config in configs:
-        sparsify(
-            model, config, tokenizer=tokenizer, keep_original=True, show_progress=show_progress,
-            memory=memory,
-        )  # fmt: skip
-        try:
-            title = f"scoring {config.method} at {config.sparsity:.0%}"
-            scored = perplexity(
-                model, windows, prefill, config.sink_tokens, title=title,
+        with rotated(model, config.rotation_spec, tokenizer, show_progress):
+            plan = calibrate(
+                model, tokenizer, config, show_progress=show_progress, measurements=measurements
+            )
+            sparsify(
+                model, plan, keep_original=True,
+                backend="reference" if METHODS[config.method].gate_mask else "auto",
                 show_progress=show_progress,
             )  # fmt: skip
-        finally:
-            restore(model)
+            try:
+                title = f"scoring {config.method} at {config.sparsity:.0%}"
+                scored = perplexity(
+                    model, windows, prefill, config.sink_tokens, title=title,
+                    show_progress=show_progress,
+                )  # fmt: skip
+            finally:
+                restore(model)
         rows.append(_row(config.method, config.sparsity, scored, baseline))
         if show_progress:
             Console(stderr=True).print(

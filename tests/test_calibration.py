@@ -11,11 +11,13 @@ from wina.needs import Needs
 from wina.testing import random_tokens, tiny_model, tiny_tokenizer
 from wina.texts import to_windows
 
-# Methods whose policy has more to do are covered by tests/allocation.
+# Methods whose policy has more to do are covered by tests/allocation, those that want a rotated
+# model by tests/rotation, those that a gate masks by test_gate_mask.
 CHEAP_METHODS = [
     name
     for name, method in ((name, METHODS[name]) for name in METHODS)
-    if not method.dense and method.needs == Needs.NOTHING
+    if not (method.dense or method.gate_mask)
+    and (method.needs, method.rotation) == (Needs.NOTHING, "none")
 ]
 
 
@@ -123,6 +125,7 @@ def test_bundled_text_is_the_default(llama: nn.Module) -> None:
         "criterion": "l2-norm",
         "allocation": "uniform",
         "correction": "none",
+        "rotation": "none",
     }
     assert plan.realised == pytest.approx(0.5, abs=0.01)
 

@@ -29,7 +29,7 @@ def test_public_names() -> None:
 
     assert set(wina.__all__) == {
         "SparsityConfig", "SparsityPlan", "WinaError", "calibrate", "dense", "inspect",
-        "restore", "sparsify",
+        "restore", "rotate", "sparsify", "unrotate",
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from wina.errors import WinaError
 from wina.inspection import inspect
 from wina.patch import dense, restore
 from wina.plan import SparsityPlan
+from wina.rotation import rotate, unrotate
 
 __version__ = "0.1.0"
 
@@ -22,5 +23,7 @@ __all__ = [
     "dense",
     "inspect",
     "restore",
+    "rotate",
     "sparsify",
+    "unrotate",
 ]

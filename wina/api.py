@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wina.calibration import Memory, calibrate
+from wina.calibration import calibrate
 from wina.config import SparsityConfig
 from wina.errors import ConfigError
 from wina.patch import apply_plan
@@ -24,7 +24,6 @@ def sparsify(
     backend: str = "auto",
     keep_original: bool = False,
     show_progress: bool = True,
-    memory: Memory | None = None,
     **settings: Any,
 ) -> SparsityPlan:
     """Make a decoder read only the weights that matter, in place.
@@ -42,7 +41,6 @@ def sparsify(
         keep_original: with ``weight_dtype``, keep the original weights in memory beside the rounded
             ones. Without it they are freed, and :func:`wina.restore` refuses.
         show_progress: draw a progress bar on stderr.
-        memory: see :func:`wina.calibrate`.
         **settings: fields of :class:`SparsityConfig`, such as ``sparsity=0.5, method="teal"``.
 
     Returns:
@@ -58,7 +56,7 @@ def sparsify(
     if plan is None:
         plan = SparsityConfig.from_dict(settings)
     if isinstance(plan, SparsityConfig):
-        plan = calibrate(model, tokenizer, plan, texts, show_progress, memory)
+        plan = calibrate(model, tokenizer, plan, texts, show_progress)
     elif not isinstance(plan, SparsityPlan):
         raise ConfigError(
             f"expected a SparsityPlan or a SparsityConfig, got {type(plan).__name__} "

@@ -13,17 +13,20 @@ the two halves of one batch, and only the second half is masked.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wina.allocation import Problem, Uniform, Unit
+from wina.allocation import Measurements, Problem, Uniform, Unit
 from wina.config import SparsityConfig
 from wina.corrections import Products, Terms
-from wina.errors import CalibrationError, PatchStateError
+from wina.errors import CalibrationError, PatchStateError, UnsupportedModelError
 from wina.learning import learn
+from wina.methods import METHODS
+from wina.mlp import recognise_gated_mlp
 from wina.plan import ProjectionPlan, SparsityPlan, weight_sample
 from wina.prefill import Prefill
 from wina.progress import Advance, progress
@@ -34,12 +37,10 @@ from wina.projections import (
     group_members,
     model_type_of,
 )
+from wina.rotation import check_rotation, rotation_of
 from wina.scores import ChannelScores, rounded
 from wina.statistics import ScoreHistogram
 from wina.texts import bundled, to_windows
-
-Memory = dict[Hashable, dict[Hashable, Any]]
-"""Settings → measurements of allocation policies, for :func:`calibrate`."""
 
 # Tokens whose activations are alive at once. More calibration tokens than this are taken in
 # several passes, at first with cut-offs from the first chunk.
@@ -52,7 +53,7 @@ def calibrate(
     config: SparsityConfig | None = None,
     texts: Iterable[str] | Iterable[Tensor] | Tensor | None = None,
     show_progress: bool = True,
-    memory: Memory | None = None,
+    measurements: Measurements | None = None,
 ) -> SparsityPlan:
     """Find the thresholds of every projection.
 
@@ -62,8 +63,8 @@ def calibrate(
         config: defaults to ``SparsityConfig()``.
         texts: strings, a column of a dataset, or token ids; the bundled text by default.
         show_progress: draw a progress bar on stderr.
-        memory: an empty dictionary at first, then the same one for the same model and texts:
-            what an allocation policy measured for one sparsity is used for the others.
+        measurements: where allocation policies keep what they measured, for calibrations of this
+            model with this text at other sparsities and with other selectors.
 
     Returns:
         The plan for :func:`wina.sparsify`.
@@ -71,13 +72,14 @@ def calibrate(
     Raises:
         UnsupportedModelError: a module does not fit; the message names it.
         CalibrationError: the text is too short, or a projection received NaN or Inf.
-        PatchStateError: the model is sparsified already.
+        PatchStateError: the model is sparsified already, or not rotated as the method wants it.
     """
     config = config or SparsityConfig()
     if hasattr(model, "_wina_patch"):
         raise PatchStateError(
             "the model is sparsified: call wina.restore(model) before calibrating"
         )
+    check_rotation(model, config.rotation_spec)
     projections = find_projections(model)
     windows = to_windows(
         bundled("calibration") if texts is None else texts,
@@ -88,14 +90,13 @@ def calibrate(
     if windows.shape[1] <= config.sink_tokens + 1:
         raise CalibrationError(f"the text is too short: {windows.numel()} tokens")
     units = _units(projections, config)
-    scores = _scores(model, units, config)
-
-    def run(sparsities: Mapping[str, float], title: str, show: bool) -> dict[str, ProjectionPlan]:
-        calibrator = _Calibrator(model, projections, scores, sparsities, config)
-        return calibrator.run(windows, title, show)
+    # Policies look at masks with one cut-off for all tokens, whatever the selector: as TEAL's
+    # histograms do, from which WINA's top-k budgets come as well.
+    seen = _scores(model, units, replace(config, selector="threshold"))
 
     def thresholds(sparsities: Mapping[str, float]) -> dict[str, Tensor]:
-        layers = run(problem.by_projection(sparsities), "", show=False)
+        shares = problem.by_projection(sparsities)
+        layers = _Calibrator(model, projections, seen, shares, config).run(windows, "", False)
         return {name: layer.threshold for name, layer in layers.items()}
 
     problem = Problem(
@@ -103,15 +104,28 @@ def calibrate(
         sparsity=config.sparsity,
         model=model,
         windows=windows,
-        scores=scores,
+        scores=seen,
         sink_tokens=config.sink_tokens,
         thresholds=thresholds,
+        measurements=measurements,
+        about={
+            "criterion": config.criterion_spec,
+            "criteria": {} if config.criterion else dict(METHODS[config.method].criteria),
+            "rotation": rotation_of(model),
+            "tokens": windows.numel(),
+            "window": config.window,
+            **{
+                name: getattr(config, name)
+                for name in ("mask", "sink_tokens", "weight_dtype", "seed")
+            },
+        },
         show_progress=show_progress,
-        memory={} if memory is None else memory.setdefault(_measured_with(config), {}),
     )
     allocation = config.make_allocation() if config.sparsity else Uniform()
     sparsities = problem.by_projection(allocation.allocate(problem))
     title = f"calibrating {config.method} at {config.sparsity:.0%}"
+    scores = _scores(model, units, config)
+    calibrator = _Calibrator(model, projections, scores, sparsities, config)
     plan = SparsityPlan(
         config=config,
         model_type=model_type_of(model),
@@ -121,21 +135,14 @@ def calibrate(
             "criterion": config.criterion_spec,
             "allocation": config.allocation_spec,
             "correction": config.correction_spec,
+            "rotation": rotation_of(model),
         },
-        layers=run(sparsities, title, show_progress),
+        layers=calibrator.run(windows, title, show_progress),
     )
     correction = config.make_correction()
     if not correction.learns or config.sparsity == 0.0:
         return plan
     return learn(model, plan, correction, windows, show_progress)
-
-
-def _measured_with(config: SparsityConfig) -> Hashable:
-    """What a measurement of an allocation policy depends on, beside model, text and policy."""
-    return (
-        config.criterion_spec, config.selector, config.mask, config.sink_tokens,
-        config.calibration_tokens, config.window, config.seed, config.weight_dtype,
-    )  # fmt: skip
 
 
 def _units(projections: Sequence[Projection], config: SparsityConfig) -> list[Unit]:
@@ -154,13 +161,20 @@ def _scores(
         modules = [model.get_submodule(projection.name) for projection in unit.projections]
         shared = ChannelScores(
             weights=[module.weight for module in modules],  # type: ignore[misc]
-            criterion=config.make_criterion(),
+            criterion=config.make_criterion(_deciding_role(unit, config)),
             selector=config.make_selector(),
             seed=config.seed + zlib.crc32(unit.name.encode()),
             weight_dtype=config.weight_dtype,
         )
         found.update({projection.name: shared for projection in unit.projections})
     return found
+
+
+def _deciding_role(unit: Unit, config: SparsityConfig) -> str:
+    """The role whose criterion a unit takes: one that the method names, if it has one."""
+    named = METHODS[config.method].criteria
+    roles = [projection.role for projection in unit.projections]
+    return next((role for role in roles if role in named), roles[0])
 
 
 class _Calibrator:
@@ -180,6 +194,30 @@ class _Calibrator:
             assert isinstance(module, nn.Linear)
             name = projection.name
             self.layers[name] = _Layer(projection, module, scores[name], sparsities[name], config)
+        self.gates = self._gates(model) if METHODS[config.method].gate_mask else []
+
+    def _gates(self, model: nn.Module) -> list[tuple[nn.Module, _Layer]]:
+        """(activation module, its down projection) of every gated MLP.
+
+        The scores of down are those of the activation's output, and up drops the same channels,
+        as outputs.
+        """
+        found: list[tuple[nn.Module, _Layer]] = []
+        for name, module in model.named_modules():
+            gated = recognise_gated_mlp(module)
+            if gated is None or f"{name}.{gated.form.down}" not in self.layers:
+                continue
+            down = self.layers[f"{name}.{gated.form.down}"]
+            down.fed = True
+            up = self.layers[f"{name}.{gated.form.up}"]
+            up.sparsity, up.rows_of = 0.0, down
+            found.append((module.get_submodule(gated.form.activation), down))
+        if not found or len({id(activation) for activation, _ in found}) < len(found):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no gated MLPs with an activation module each: nothing "
+                "can be selected by a gate"
+            )
+        return found
 
     def run(self, windows: Tensor, title: str, show_progress: bool) -> dict[str, ProjectionPlan]:
         chunks = windows.split(max(1, CHUNK_TOKENS // windows.shape[1]))
@@ -198,7 +236,7 @@ class _Calibrator:
     def _forward(self, windows: Tensor, advance: Advance) -> None:
         def before(layer: _Layer) -> Any:
             def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                masked = layer.see(arguments[0])
+                masked = arguments[0] if layer.fed else layer.see(arguments[0])
                 layer.round_weight()
                 advance()
                 return (masked, *arguments[1:])
@@ -212,7 +250,10 @@ class _Calibrator:
 
             return hook
 
-        handles = []
+        def gate(layer: _Layer) -> Any:
+            return lambda _, __, activated: layer.see(activated)
+
+        handles = [module.register_forward_hook(gate(down)) for module, down in self.gates]
         for layer in self.layers.values():
             handles += [
                 layer.module.register_forward_pre_hook(before(layer)),
@@ -260,6 +301,8 @@ class _Layer:
         self.fit = self.correction.fit()
         self.terms: Terms | None = None
         self.left_out: Tensor | None = None
+        self.fed = False  # its scores come from the gate, not from its own input
+        self.rows_of: _Layer | None = None  # its outputs are dropped with that layer's inputs
 
     def round_weight(self) -> None:
         """Let the module compute with the weight that it will have, until :meth:`put_back`."""
@@ -343,11 +386,12 @@ class _Layer:
 
     def plan(self) -> ProjectionPlan:
         assert self.threshold is not None
-        total = self.histogram.total
+        seen = self.rows_of or self
+        total = seen.histogram.total
         return ProjectionPlan(
             projection=self.projection,
-            sparsity=self.sparsity,
-            realised=self.dropped / total if total else 0.0,
+            sparsity=seen.sparsity,
+            realised=seen.dropped / total if total else 0.0,
             cutoff=self.cutoff,
             threshold=self.threshold.cpu(),
             sample=weight_sample(self.module.weight),

@@ -14,17 +14,21 @@ import typer
 
 from wina.bench.cli import app as bench_app
 from wina.cli_options import (
+    CountAs,
     Dtype,
     Method,
     Model,
     Sparsity,
     Trust,
     WeightDtype,
+    give_rotation,
+    itemsize_of,
     load_model,
     names,
     numbers,
     read_text,
     resolve_model,
+    source_note,
 )
 from wina.errors import WinaError
 from wina.eval.cli import app as eval_app
@@ -34,7 +38,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Training-free activation sparsity: read only the weights that a token needs.",
     epilog="Start with `wina demo`. Methods: dense, wina, teal, wisparse, random; with "
-    "sparsity divided over the projections: wina-plus, teal-greedy, wina-greedy, was.",
+    "sparsity divided over the projections: wina-plus, teal-greedy, wina-greedy, was; on a rotated "
+    "model: wina-paper, larosa.",
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
@@ -81,8 +86,9 @@ def calibrate(
     method: Method = "wina",
     sparsity: Sparsity = 0.5,
     selector: Annotated[
-        str, typer.Option(help="threshold, relative, topk or statistical.")
-    ] = "threshold",
+        str | None,
+        typer.Option(help="threshold, relative, topk or statistical; default: the method's."),
+    ] = None,
     mask: Annotated[
         str, typer.Option(help="One mask per projection, or per group.")
     ] = "projection",
@@ -108,9 +114,55 @@ def calibrate(
     )
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     texts = None if text is None else [read_text(text)]
+    give_rotation(loaded, config.rotation_spec, tokenizer)
     plan = wina.calibrate(loaded, tokenizer, config, texts)
     plan.save(output)
     print(f"{output}: {method} at {sparsity:.0%}, realised {plan.realised:.3f} on calibration text")
+
+
+@app.command()
+def recommend(
+    share: Annotated[
+        float | None,
+        typer.Option("--bytes", help="Share of the dense model's bytes that a token may read."),
+    ] = None,
+    max_loss: Annotated[
+        float | None, typer.Option(help="Nats per token that may be lost on held-out text.")
+    ] = None,
+    model: Model = "demo",
+    methods: Annotated[str, typer.Option(help="To choose from, by commas.")] = "wina-plus",
+    widths: Annotated[
+        str, typer.Option(help="To choose from, by commas: loaded (as it is), int8, int4.")
+    ] = "loaded,int8,int4",
+    count_as: CountAs = "bfloat16",
+    tokens: Annotated[
+        int, typer.Option(help="Tokens to calibrate on, and of held-out text to score.")
+    ] = 2048,
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Choose weight width, sparsity and method for a budget of bytes or of loss.
+
+    `wina recommend --model PATH --bytes 0.4` or `wina recommend --model PATH --max-loss 0.05`
+
+    Calibrates and scores a few choices on bundled texts, and says what to expect. Last stdout line:
+    JSON.
+    """
+    from wina.eval.recommend import Adviser, print_recommendation
+
+    if (share is None) == (max_loss is None):
+        raise WinaError("give one of --bytes and --max-loss")
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    adviser = Adviser(
+        loaded, tokenizer, names(methods), names(widths), itemsize_of(count_as), tokens
+    )
+    if share is not None:
+        title, chosen = f"at most {share:.0%} of the bytes", adviser.for_bytes(share)
+    else:
+        assert max_loss is not None
+        title, chosen = f"at most {max_loss:g} nats lost", adviser.for_loss(max_loss)
+    name = Path(resolve_model(model)).name
+    print_recommendation(f"{name}: {title}", chosen, adviser.tried, source_note(model))
 
 
 @app.command()
@@ -125,9 +177,11 @@ def inspect(
 
     import wina
 
-    loaded, _ = load_model(model, trust=trust_remote_code)
+    loaded, tokenizer = load_model(model, trust=trust_remote_code)
     if plan is not None:
-        wina.sparsify(loaded, wina.SparsityPlan.load(plan))
+        saved = wina.SparsityPlan.load(plan)
+        give_rotation(loaded, saved.rotation, tokenizer)
+        wina.sparsify(loaded, saved)
     found = wina.inspect(loaded)
     print(json.dumps(found.to_dict()) if json_output else found)
 
@@ -155,9 +209,9 @@ def generate(
         weight_dtype=weight_dtype,
     )
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
-    wina.sparsify(
-        loaded, config if plan is None else wina.SparsityPlan.load(plan), tokenizer=tokenizer
-    )
+    saved = None if plan is None else wina.SparsityPlan.load(plan)
+    give_rotation(loaded, saved.rotation if saved else config.rotation_spec, tokenizer)
+    wina.sparsify(loaded, saved or config, tokenizer=tokenizer)
     inputs = tokenizer(prompt, return_tensors="pt")
     loaded.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=TextStreamer(tokenizer)

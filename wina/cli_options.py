@@ -25,6 +25,13 @@ WeightDtype = Annotated[
         "default: as loaded."
     ),
 ]
+CountAs = Annotated[
+    str,
+    typer.Option(
+        help="Weights that are not rounded count with the bytes of this type, whatever they are "
+        "evaluated in: bfloat16, float16, float32."
+    ),
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the model folder run its own code.")
 ]
@@ -45,12 +52,42 @@ def load_model(model: str, dtype: str = "auto", trust: bool = False) -> tuple[An
     return loaded.eval(), tokenizer
 
 
+def give_rotation(model: Any, spec: str, tokenizer: Any) -> None:
+    """Rotate a loaded model for good, if a method or a plan asks for it."""
+    from wina.rotation import NO_ROTATION, rotate
+
+    if spec != NO_ROTATION:
+        rotate(model, spec, tokenizer=tokenizer)
+
+
 def resolve_model(model: str) -> str:
     """A folder or hub id; the names of demo models become their folders."""
     from wina.demo_model import DEFAULT, DEMO_MODELS, demo_model_folder
 
     name = DEFAULT if model == "demo" else model
     return str(demo_model_folder(name)) if name in DEMO_MODELS else model
+
+
+def itemsize_of(dtype: str) -> float:
+    """Bytes of an element of a type."""
+    from wina.bench.roofline import ITEMSIZE
+
+    if dtype not in ITEMSIZE:
+        raise WinaError(f"unknown type {dtype!r}. Known: {', '.join(ITEMSIZE)}.")
+    return ITEMSIZE[dtype]
+
+
+def source_note(model: str) -> str:
+    """What must be known of a demo model's weights before its rounded rows are read, or nothing."""
+    from wina.demo_model import DEMO_MODELS
+
+    name = Path(resolve_model(model)).name
+    if name not in DEMO_MODELS:
+        return ""
+    return (
+        f"The weights of {name} come from a file of {DEMO_MODELS[name].weights}: rounding them "
+        "again loses less, or other, than rounding a full checkpoint would."
+    )
 
 
 def names(values: str) -> list[str]:

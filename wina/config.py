@@ -15,6 +15,7 @@ from wina.kernels.quantization import FORMATS
 from wina.methods import METHODS
 from wina.prefill import Prefill, parse_prefill
 from wina.registry import create
+from wina.rotation import NO_ROTATION, ROTATIONS
 from wina.selectors import SELECTORS, Selector
 
 MASKS = ("projection", "group")
@@ -29,8 +30,8 @@ class SparsityConfig:
         method: a name of :data:`wina.methods.METHODS`, which sets criterion and allocation.
         sparsity: share of input channels dropped on average, in [0, 1).
         criterion: overrides the method's, such as ``"norm-power:0.3"``.
-        selector: ``"threshold"`` (calibrated, what is deployed), ``"relative"``, ``"topk"``
-            or ``"statistical"``.
+        selector: overrides the method's: ``"threshold"`` (calibrated, what is deployed),
+            ``"relative"``, ``"topk"`` or ``"statistical"``.
         allocation: overrides the method's.
         correction: overrides the method's, such as ``"bias"``.
         mask: ``"projection"`` (each its own) or ``"group"`` (q, k, v share one, and gate, up).
@@ -44,12 +45,14 @@ class SparsityConfig:
         weight_dtype: ``"int8"`` or ``"int4"`` keeps the projections' weights in that width
             (:mod:`wina.kernels.quantization`); None leaves them as they are. Criteria, thresholds
             and statistics are those of the rounded weights.
+        rotation: overrides the method's: what :func:`wina.rotate` must have done to the model, or
+            ``"none"``, which asks for nothing.
     """
 
     method: str = "wina"
     sparsity: float = 0.5
     criterion: str | None = None
-    selector: str = "threshold"
+    selector: str | None = None
     allocation: str | None = None
     correction: str | None = None
     mask: str = "projection"
@@ -60,6 +63,7 @@ class SparsityConfig:
     window: int = 512
     seed: int = 0
     weight_dtype: str | None = None
+    rotation: str | None = None
 
     def __post_init__(self) -> None:
         method = METHODS[self.method]
@@ -81,12 +85,21 @@ class SparsityConfig:
             _check_choice("weight_dtype", self.weight_dtype, tuple(FORMATS))
         _check_choice("statistics", self.statistics, STATISTICS)
         self.make_criterion()
+        if self.rotation_spec != NO_ROTATION:
+            create(ROTATIONS, self.rotation_spec)
         self.make_allocation()
         if self.make_correction().compares and self.statistics == "dense":
             raise ConfigError(
                 f"correction {self.correction_spec!r} compares with the dense model: "
                 "statistics must be 'sequential'"
             )
+        if method.gate_mask and (self.allocation_spec, self.correction_spec) != ("gated", "none"):
+            raise ConfigError(
+                f"method {self.method!r} masks what the gate says: its allocation is 'gated' and "
+                "it takes no correction"
+            )
+        if method.gate_mask and self.mask != "projection":
+            raise ConfigError(f"method {self.method!r} has masks of its own: mask='projection'")
         self.make_selector()
         self.make_prefill()
 
@@ -94,6 +107,16 @@ class SparsityConfig:
     def criterion_spec(self) -> str:
         """The criterion in use: the field, or else the method's."""
         return self.criterion or METHODS[self.method].criterion
+
+    @property
+    def selector_spec(self) -> str:
+        """The selector in use: the field, or else the method's."""
+        return self.selector or METHODS[self.method].selector
+
+    @property
+    def rotation_spec(self) -> str:
+        """The rotation that is asked for: the field, or else the method's."""
+        return self.rotation or METHODS[self.method].rotation
 
     @property
     def allocation_spec(self) -> str:
@@ -105,9 +128,9 @@ class SparsityConfig:
         """The correction in use: the field, or else the method's."""
         return self.correction or METHODS[self.method].correction
 
-    def make_criterion(self) -> Criterion:
-        """The criterion."""
-        return create(CRITERIA, self.criterion_spec)
+    def make_criterion(self, role: str = "") -> Criterion:
+        """The criterion of a projection, by the last part of its name."""
+        return create(CRITERIA, self.criterion or METHODS[self.method].criterion_of(role))
 
     def make_allocation(self) -> Allocation:
         """The allocation policy."""
@@ -119,7 +142,7 @@ class SparsityConfig:
 
     def make_selector(self) -> Selector:
         """The selector."""
-        return create(SELECTORS, self.selector)
+        return create(SELECTORS, self.selector_spec)
 
     def make_prefill(self) -> Prefill:
         """The prefill protocol."""

@@ -19,6 +19,7 @@ from wina.mlp import GatedForm, SparseGatedMLP
 from wina.patch import is_patched, patch_of
 from wina.plan import weighted_mean
 from wina.projections import find_projections
+from wina.rotation import rotation_elements
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Inspection:
         prefill: share of a prompt's tokens that are sparse.
         realised: share of projection weights a decoded token skips, on calibration text.
         rows: one for each projection, in order of execution.
+        rotation_bytes: what a token reads for the model's rotations, see :func:`wina.rotate`.
     """
 
     model_type: str
@@ -61,11 +63,12 @@ class Inspection:
     prefill: float
     realised: float
     rows: tuple[InspectionRow, ...]
+    rotation_bytes: int = 0
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes that a sparse token reads for corrections, over all projections."""
-        return sum(row.extra_bytes for row in self.rows)
+        """Bytes that a sparse token reads for corrections and rotations."""
+        return sum(row.extra_bytes for row in self.rows) + self.rotation_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -94,11 +97,11 @@ class Inspection:
         text = StringIO()
         Console(file=text, width=200, color_system=None).print(table)
         weights = sum(row.weight_bytes for row in self.rows)
-        correction = f"; correction: {self.extra_bytes / weights:.2%} of the weights' bytes"
+        extra = f"; corrections, rotations: {self.extra_bytes / max(weights, 1):.2%} of the weights"
         return (
             f"{text.getvalue()}realised over the model: {self.realised:.3f} of projection weights "
             f"skipped by a decoded token (on calibration text); share of prefill tokens that are "
-            f"sparse: {self.prefill:g}{correction if self.extra_bytes else ''}"
+            f"sparse: {self.prefill:g}{extra if self.extra_bytes and weights else ''}"
         )
 
 
@@ -113,7 +116,8 @@ def inspect(model: nn.Module) -> Inspection:
             InspectionRow(p.name, (p.out_features, p.in_features), 0.0, 0.0, None, "torch", "dense")
             for p in projections
         )
-        return Inspection(str(model.config.model_type), "dense", 0.0, 0.0, rows)  # type: ignore[union-attr]
+        kind = str(model.config.model_type)  # type: ignore[union-attr]
+        return Inspection(kind, "dense", 0.0, 0.0, rows, rotation_elements(model).bytes)
     patch = patch_of(model)
     rows = []  # type: ignore[assignment]
     sparse = {m.name: m for m in model.modules() if isinstance(m, SparseLinear)}
@@ -142,6 +146,7 @@ def inspect(model: nn.Module) -> Inspection:
         patch.control.prefill.share if patch.control.enabled else 0.0,
         patch.plan.realised,
         tuple(rows),
+        rotation_elements(model).bytes,
     )
 
 
@@ -166,12 +171,19 @@ class RealisedSparsity:
         # Tensors: reading each count would make a GPU wait for the CPU in every layer.
         self._dropped = {p.name: torch.zeros((), dtype=torch.int64) for p in self._projections}
         self._seen = {p.name: 0 for p in self._projections}
+        # A gate's mask drops rows of up as well: counted with the columns of down.
+        self._rows = {
+            f"{name}.{m.gated.form.down}": (f"{name}.{m.gated.form.up}",)
+            for name, m in model.named_modules()
+            if isinstance(m, SparseGatedMLP) and m.gate_mask
+        }
 
     def __call__(self, name: str, x: Tensor, threshold: Tensor, scale: Tensor | None) -> None:
         """Count one product's channels."""
         dropped = (~keep_mask(x.detach(), threshold, scale)).sum()
-        self._dropped[name] = self._dropped[name].to(dropped.device) + dropped
-        self._seen[name] += x.numel()
+        for reader in (name, *self._rows.get(name, ())):
+            self._dropped[reader] = self._dropped[reader].to(dropped.device) + dropped
+            self._seen[reader] += x.numel()
 
     @property
     def by_projection(self) -> Mapping[str, float]:

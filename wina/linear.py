@@ -198,6 +198,17 @@ class SparseLinear(nn.Linear):
         masked = mask_inputs(tokens, self.threshold, scale)
         return masked if start == 0 else torch.cat([x[..., :start, :], masked], dim=-2)
 
+    def chosen(self, x: Tensor) -> Tensor:
+        """x [..., S, K] with the inactive channels of all sparse tokens set to zero."""
+        padded = self.control.sparse_tokens(x)
+        if padded is not None:
+            return self._masked_where(x, padded)
+        return self.masked(x, self.control.first_sparse(x))
+
+    def dense(self, x: Tensor) -> Tensor:
+        """The dense product of x [..., S, K]."""
+        return self._dense(x)
+
     def _sparse_with_group(self, x: Tensor) -> Tensor:
         if self.group is not None and self.control.observer is None:
             y = self.group.product(self, x)

@@ -79,13 +79,18 @@ class SparseGatedMLP(nn.Module):
     """down(act(gate(x))·up(x)) with the three projections sparse.
 
     Its children have the names of the module it replaces, so state dicts do not change.
+
+    Attributes:
+        gate_mask: down's thresholds are those of |act(gate(x))|; a channel below them is a row of
+            up and a column of down that need not be read (CATS, arXiv 2404.08763).
     """
 
-    def __init__(self, original: nn.Module, gated: GatedMLP) -> None:
+    def __init__(self, original: nn.Module, gated: GatedMLP, gate_mask: bool = False) -> None:
         super().__init__()
         for name, child in original.named_children():
             self.add_module(name, child)
         self.gated = gated
+        self.gate_mask = gate_mask
         self.train(original.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,6 +100,8 @@ class SparseGatedMLP(nn.Module):
         up: SparseLinear = self._modules[form.up]  # type: ignore[assignment]
         down: SparseLinear = self._modules[form.down]  # type: ignore[assignment]
         control = gate.control
+        if self.gate_mask:
+            return self._by_gate(gate, up, down, x)
         if (
             control.observer is None
             and control.first_sparse(x) == 0
@@ -108,3 +115,10 @@ class SparseGatedMLP(nn.Module):
             h = ACTIVATIONS[self.gated.activation](gate(x)) * up(x)
         y: Tensor = down(h)
         return y
+
+    def _by_gate(
+        self, gate: SparseLinear, up: SparseLinear, down: SparseLinear, x: Tensor
+    ) -> Tensor:
+        """Dense products where what the gate leaves out is zero."""
+        activated = ACTIVATIONS[self.gated.activation](gate(x))
+        return down.dense(down.chosen(activated) * up.dense(x))

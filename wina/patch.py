@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from wina.errors import PatchStateError, PlanError, UnsupportedModelError
+from wina.errors import ConfigError, PatchStateError, PlanError, UnsupportedModelError
 from wina.group import ProjectionGroup
 from wina.linear import Control, SparseLinear
+from wina.methods import METHODS
 from wina.mlp import SparseGatedMLP, recognise_gated_mlp
 from wina.plan import SparsityPlan
 from wina.prefill import Prefill
@@ -142,6 +143,7 @@ def apply_plan(
         PatchStateError: the model is sparsified already.
         PlanError: the plan is for another model.
         UnsupportedModelError: a weight is shared or not contiguous; the message names it.
+        ConfigError: the plan's method has no kernels, and the backend is not ``"reference"``.
     """
     if is_patched(model):
         raise PatchStateError(
@@ -156,6 +158,12 @@ def apply_plan(
     plan.check(model)
     _check_weights(model, plan)
     config = plan.config
+    gate_mask = METHODS[config.method].gate_mask
+    if gate_mask and backend != "reference":
+        raise ConfigError(
+            f"method {config.method!r} skips rows of up, for which there is no kernel: pass "
+            "backend='reference' to evaluate it"
+        )
     protocol = (
         config.make_prefill()
         if prefill is None
@@ -200,7 +208,7 @@ def apply_plan(
             parent = model.get_submodule(parent_name)
             mlp = parent._modules[leaf]
             assert mlp is not None
-            _replace(patch, parent, leaf, mlp, SparseGatedMLP(mlp, found))
+            _replace(patch, parent, leaf, mlp, SparseGatedMLP(mlp, found, gate_mask))
     except BaseException:
         patch.undo()
         raise

@@ -27,6 +27,7 @@ from wina.corrections import Terms
 from wina.errors import PlanError, WinaError
 from wina.files import write_atomically
 from wina.projections import Projection
+from wina.rotation import NO_ROTATION, rotation_of
 
 FORMAT = "wina-plan"
 VERSION = 2
@@ -85,11 +86,21 @@ class SparsityPlan:
             {name: layer.realised for name, layer in self.layers.items()},
         )
 
+    @property
+    def rotation(self) -> str:
+        """The rotation of the model that it was made for, ``"none"`` for a model as loaded."""
+        return str(self.calibration.get("rotation", NO_ROTATION))
+
     def check(self, model: nn.Module) -> None:
         """Raise :class:`PlanError` unless the plan was made for this model."""
         found = projections_module.model_type_of(model)
         if found != self.model_type:
             raise PlanError(f"the plan is for a {self.model_type} model, this is a {found}")
+        if rotation_of(model) != self.rotation:
+            raise PlanError(
+                f"the plan is for a model with rotation {self.rotation!r}, this one has "
+                f"{rotation_of(model)!r}: see wina.rotate and wina.unrotate"
+            )
         modules = dict(model.named_modules())
         for name, layer in self.layers.items():
             module = modules.get(name)

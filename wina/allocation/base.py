@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wina.allocation.measurements import Measurements
 from wina.needs import Needs
 from wina.projections import Projection
 from wina.registry import Registry
 from wina.scores import ChannelScores
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,9 @@ class Problem:
         sink_tokens: first tokens of a sequence, which stay dense.
         thresholds: (sparsity of each unit) → threshold [K] of each projection, calibrated on
             ``windows`` with every projection before it sparse.
+        measurements: what policies have measured on this model with this text.
+        about: what a measurement depends on beside the policy, JSON-ready.
         show_progress: draw progress bars on stderr.
-        memory: what was measured on this model and text before, see :meth:`once`.
     """
 
     units: Sequence[Unit]
@@ -55,18 +55,20 @@ class Problem:
     scores: Mapping[str, ChannelScores]
     sink_tokens: int
     thresholds: Callable[[Mapping[str, float]], Mapping[str, Tensor]]
+    measurements: Measurements | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
     show_progress: bool = False
-    memory: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
-    def once(self, key: Hashable, measure: Callable[[], T]) -> T:
-        """What ``measure`` returns, measured at the first call with this key only.
+    @property
+    def reach(self) -> float:
+        """The highest sparsity that measurements have to cover."""
+        return max(self.sparsity, self.measurements.reach if self.measurements else 0.0)
 
-        For measurements that do not depend on the budget: several budgets then share them.
-        """
-        if key not in self.memory:
-            self.memory[key] = measure()
-        found: T = self.memory[key]
-        return found
+    def measured(self, measure: Callable[[], Any], **about: Any) -> Any:
+        """What ``measure`` gives (JSON-ready), from the measurements if it is known there."""
+        if self.measurements is None:
+            return measure()
+        return self.measurements.get({**self.about, **about}, measure)
 
     def by_projection(self, sparsities: Mapping[str, float]) -> dict[str, float]:
         """Sparsity of each projection, from that of each unit."""

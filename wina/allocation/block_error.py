@@ -34,11 +34,6 @@ class BlockError(Allocation):
 
     def allocate(self, problem: Problem) -> Mapping[str, float]:
         """Measure every curve, then solve over all of them."""
-        key = ("block-error", self.step, self.most, self.tokens)
-        curves = problem.once(key, lambda: self._curves(problem))
-        return spend(curves, problem.sparsity, self.most)
-
-    def _curves(self, problem: Problem) -> list[Curve]:
         curves: list[Curve] = []
         grid = sparsity_grid(self.step, self.most)
 
@@ -50,4 +45,4 @@ class BlockError(Allocation):
                 curves.append(Curve(unit.name, unit.weights, points))
 
         visit_blocks(problem, problem.tokens(self.tokens), visit, "output error of blocks")
-        return curves
+        return spend(curves, problem.sparsity, self.most)

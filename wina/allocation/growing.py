@@ -36,18 +36,6 @@ class Growing(Allocation):
 
     def allocate(self, problem: Problem) -> Mapping[str, float]:
         """A curve for each block, solved over all blocks, then made to grow."""
-        key = ("growing", self.step, self.most, self.tokens)
-        curves, units = problem.once(key, lambda: self._curves(problem))
-        budgets = spend(curves, problem.sparsity, self.most)
-        growing = non_decreasing(
-            [budgets[curve.name] for curve in curves], [curve.weights for curve in curves]
-        )
-        return {
-            name: budget for names, budget in zip(units, growing, strict=True) for name in names
-        }
-
-    def _curves(self, problem: Problem) -> tuple[list[Curve], list[Sequence[str]]]:
-        """A curve for each block, and the names of its units."""
         curves: list[Curve] = []
         units: list[Sequence[str]] = []
         grid = sparsity_grid(self.step, self.most)
@@ -60,7 +48,13 @@ class Growing(Allocation):
             units.append(names)
 
         visit_blocks(problem, problem.tokens(self.tokens), visit, "output error of blocks")
-        return curves, units
+        budgets = spend(curves, problem.sparsity, self.most)
+        growing = non_decreasing(
+            [budgets[curve.name] for curve in curves], [curve.weights for curve in curves]
+        )
+        return {
+            name: budget for names, budget in zip(units, growing, strict=True) for name in names
+        }
 
 
 def non_decreasing(values: Sequence[float], weights: Sequence[float]) -> list[float]:

@@ -1,0 +1,255 @@
+"""Width, sparsity and method for a budget of bytes or of loss, from a short calibration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from wina.allocation import Measurements
+from wina.api import sparsify
+from wina.calibration import calibrate
+from wina.config import SparsityConfig
+from wina.errors import ConfigError
+from wina.eval.costs import TokenCosts
+from wina.eval.frontier import LOADED
+from wina.eval.perplexity import perplexity
+from wina.inspection import inspect
+from wina.kernels.quantization import FORMATS
+from wina.methods import METHODS
+from wina.patch import restore
+from wina.progress import progress
+from wina.rotation import NO_ROTATION, rotated
+from wina.texts import bundled, to_windows
+
+# Sparsities that are tried: below the first the kernels save nothing worth the loss, above the
+# last no method is known to be useful.
+LEAST, MOST = 0.1, 0.8
+# How far a choice may miss a budget of bytes, as realised sparsity drifts with the text.
+_SLACK = 0.01
+# Bisections of the sparsity for a bound on the loss: to within 0.01.
+_HALVINGS = 6
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a choice is expected to cost and to lose.
+
+    Attributes:
+        method: a name of :data:`wina.methods.METHODS`.
+        width: ``"loaded"`` or a key of :data:`FORMATS`.
+        sparsity: to ask for.
+        realised: share of projection weights skipped on held-out text.
+        share: of the dense model's bytes that a token reads.
+        nats_over_dense: loss on held-out text.
+    """
+
+    method: str
+    width: str
+    sparsity: float
+    realised: float
+    share: float
+    nats_over_dense: float
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Fields of :class:`SparsityConfig`."""
+        found: dict[str, Any] = {"method": self.method, "sparsity": round(self.sparsity, 4)}
+        return found if self.width == LOADED else {**found, "weight_dtype": self.width}
+
+
+class Adviser:
+    """Tries choices on held-out text.
+
+    Args:
+        model: a dense decoder; dense again after every trial.
+        tokenizer: the model's.
+        methods: to choose from; ``"dense"`` (rounding alone) is always one.
+        widths: ``"loaded"`` or keys of :data:`FORMATS`.
+        itemsize: see :class:`TokenCosts`.
+        tokens: of calibration text and of held-out text.
+        window: tokens in a window.
+        show_progress: draw progress on stderr.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        methods: Sequence[str] = ("wina-plus",),
+        widths: Sequence[str] = (LOADED, *FORMATS),
+        itemsize: float | None = None,
+        tokens: int = 2048,
+        window: int = 512,
+        show_progress: bool = True,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.methods = methods
+        self.widths = widths
+        self.costs = TokenCosts(model, itemsize)
+        self.tokens = tokens
+        self.window = window
+        self.show_progress = show_progress
+        self.windows = to_windows(bundled("heldout"), tokenizer, window, tokens)
+        self.dense = perplexity(model, self.windows, show_progress=False).nats
+        self.measurements = Measurements(MOST)
+        self.tried: list[Expectation] = []
+
+    def for_bytes(self, share: float) -> Expectation:
+        """The least loss among choices that read at most this share of the dense model's bytes.
+
+        Each width and method is tried at the sparsity that just meets the budget.
+        """
+        if not 0.0 < share <= 1.0:
+            raise ConfigError(f"bytes are a share in (0, 1] of the dense model's, not {share:g}")
+        for width in self.widths:
+            wanted = self.costs.sparsity_for(share, None if width == LOADED else width)
+            if wanted <= 0.0:
+                self._try("dense", width, 0.0)
+            elif LEAST <= wanted <= MOST:
+                for method in self.methods:
+                    asked = self._with_extra(share, method, width, wanted)
+                    found = self._try(method, width, asked)
+                    if found.share > share + _SLACK:  # the text skips less than calibration's
+                        self._try(method, width, 2 * asked - found.realised)
+        fitting = [found for found in self.tried if found.share <= share + _SLACK]
+        if not fitting:
+            floor = self.costs.at(dict.fromkeys(self._names, MOST), self._narrowest)
+            raise ConfigError(
+                f"{share:.0%} of the bytes are out of reach: at a sparsity of {MOST:.0%} and the "
+                f"narrowest width a token reads {self.costs.share(floor):.0%}"
+            )
+        return min(fitting, key=lambda found: found.nats_over_dense)
+
+    def for_loss(self, nats: float) -> Expectation:
+        """The fewest bytes among choices that lose at most so many nats per token."""
+        if nats < 0.0:
+            raise ConfigError(f"a loss is not negative: {nats:g}")
+        for width in self.widths:
+            if self._try("dense", width, 0.0).nats_over_dense > nats:
+                continue
+            for method in self.methods:
+                low, high = LEAST, MOST
+                for _ in range(_HALVINGS):
+                    middle = (low + high) / 2
+                    good = self._try(method, width, middle).nats_over_dense <= nats
+                    low, high = (middle, high) if good else (low, middle)
+        fitting = [found for found in self.tried if found.nats_over_dense <= nats]
+        if not fitting:
+            raise ConfigError(f"nothing loses at most {nats:g} nats per token")
+        return min(fitting, key=lambda found: found.share)
+
+    @property
+    def _names(self) -> list[str]:
+        return [projection.name for projection in self.costs.projections]
+
+    @property
+    def _narrowest(self) -> str | None:
+        rounded = [width for width in self.widths if width != LOADED]
+        return min(rounded, key=lambda width: FORMATS[width].bits) if rounded else None
+
+    def _with_extra(self, share: float, method: str, width: str, sparsity: float) -> float:
+        """The sparsity that pays for the method's corrections and rotation as well."""
+        extra = self._extra(method, width, sparsity)
+        if not extra:
+            return sparsity
+        return self.costs.sparsity_for(share, None if width == LOADED else width, extra)
+
+    def _extra(self, method: str, width: str, sparsity: float) -> int:
+        config = self._config(method, width, sparsity)
+        if config.correction_spec == config.rotation_spec == "none":
+            return 0
+        with rotated(self.model, config.rotation_spec, self.tokenizer, show_progress=False):
+            self._patch(config)
+            try:
+                return inspect(self.model).extra_bytes
+            finally:
+                restore(self.model)
+
+    def _config(self, method: str, width: str, sparsity: float) -> SparsityConfig:
+        return SparsityConfig(
+            method=method,
+            sparsity=sparsity,
+            weight_dtype=None if width == LOADED else width,
+            calibration_tokens=self.tokens,
+            window=self.window,
+        )
+
+    def _patch(self, config: SparsityConfig) -> None:
+        plan = calibrate(
+            self.model, self.tokenizer, config, show_progress=False, measurements=self.measurements
+        )
+        sparsify(self.model, plan, backend="reference", keep_original=True, show_progress=False)
+
+    def _try(self, method: str, width: str, sparsity: float) -> Expectation:
+        if method == "dense" and width == LOADED:
+            found = Expectation("dense", LOADED, 0.0, 0.0, 1.0, 0.0)
+            self.tried.append(found)
+            return found
+        config = self._config(method, width, sparsity)
+        title = f"trying {method}, {width}, {sparsity:.0%}"
+        with (
+            progress(title, 2, self.show_progress) as advance,
+            rotated(self.model, config.rotation_spec, self.tokenizer, show_progress=False),
+        ):
+            self._patch(config)
+            advance()
+            try:
+                scored = perplexity(self.model, self.windows, show_progress=False)
+                realised = scored.by_projection if sparsity else {}
+                read = self.costs.at(realised, config.weight_dtype, scored.extra_bytes)
+            finally:
+                restore(self.model)
+            advance()
+        found = Expectation(
+            method, width, sparsity, scored.realised if sparsity else 0.0,
+            self.costs.share(read), scored.nats - self.dense,
+        )  # fmt: skip
+        self.tried.append(found)
+        return found
+
+
+def print_recommendation(
+    title: str, chosen: Expectation, tried: Sequence[Expectation], note: str
+) -> None:
+    """What was tried and what to take, for people, then the JSON line."""
+    table = Table(title=title)
+    for column in ("width", "method", "sparsity", "realised", "bytes of dense", "nats over dense"):
+        left = column in ("width", "method")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    for row in tried:
+        table.add_row(
+            row.width, row.method, f"{row.sparsity:.3f}", f"{row.realised:.3f}",
+            f"{row.share:.3f}", f"{row.nats_over_dense:.4f}",
+            style="bold" if row is chosen else None,
+        )  # fmt: skip
+    console = Console(width=110)
+    console.print(table)
+    settings = ", ".join(f"{name}={value!r}" for name, value in chosen.settings.items())
+    rotation = METHODS[chosen.method].rotation
+    if rotation != NO_ROTATION:
+        console.print(f"first: wina.rotate(model, {rotation!r}, tokenizer=tokenizer)")
+    console.print(f"take: wina.sparsify(model, tokenizer=tokenizer, {settings})", highlight=False)
+    console.print(
+        f"expect: {chosen.share:.1%} of the dense model's bytes per token and "
+        f"{chosen.nats_over_dense:+.4f} nats per token on the held-out text",
+        highlight=False,
+    )
+    if note and chosen.width != LOADED:
+        console.print(note)
+    print(
+        json.dumps(
+            {
+                "settings": chosen.settings,
+                "expected": asdict(chosen),
+                "tried": [asdict(row) for row in tried],
+                "note": note,
+            }
+        )
+    )

@@ -1,0 +1,201 @@
+"""Ablation, frontier and recommendation: tables over cells, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+from typer.testing import CliRunner
+
+from wina.bench.structure import structure_of
+from wina.cli import app
+from wina.errors import ConfigError, WinaError
+from wina.eval import recommend
+from wina.eval.ablation import Levels, effects, rows_of_ablation, settings_of
+from wina.eval.costs import TokenCosts
+from wina.eval.frontier import frontier_columns, rows_of_frontier
+from wina.eval.recommend import Adviser
+from wina.patch import is_patched
+from wina.testing import tiny_model, tiny_tokenizer
+
+SETTINGS = "calibration_tokens=512,window=128"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    model: Any = tiny_model("llama")
+    model.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    answer = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert answer.exit_code == 0, answer.output
+    found: dict[str, Any] = json.loads(answer.stdout.strip().splitlines()[-1])
+    return found
+
+
+def cell(method: str, sparsity: float, nats: float, **more: Any) -> dict[str, Any]:
+    return {
+        "method": method, "sparsity": sparsity, "task": "perplexity:a", "extra_bytes": 0,
+        "metrics": {"nats": {"value": nats}},
+        "realised": {"overall": sparsity, "projections": {"p": sparsity}} if sparsity else None,
+        **more,
+    }  # fmt: skip
+
+
+def test_ablation_command(folder: Path, tmp_path: Path) -> None:
+    arguments = [
+        "eval", "ablation", "-m", str(folder), "-o", str(tmp_path), "--sparsities", "0.3,0.5",
+        "--criteria", "magnitude,l2-norm", "--allocations", "uniform,fisher:tokens=128",
+        "--selectors", "threshold,topk", "--tokens", "128", "--window", "64", "--set", SETTINGS,
+    ]  # fmt: skip
+    found = run(*arguments)
+    assert len(found["rows"]) == 2 * 2 * 2 * 2 * 2
+    assert len(list((tmp_path / "cells").iterdir())) == 33
+    # One measurement for each criterion and rotation.
+    assert len(list((tmp_path / "measurements").iterdir())) == 4
+    rotated = [row for row in found["rows"] if row["rotation"] == "orthogonal"]
+    weights = sum(p.weights for p in TokenCosts(tiny_model("llama")).projections)
+    assert all(row["extra"] == pytest.approx(2 * 2 * 64**2 / weights) for row in rotated)
+    assert all(row["extra"] == 0 for row in found["rows"] if row not in rotated)
+    for row in found["rows"]:
+        assert row["read"] == pytest.approx(1 - row["realised"] + row["extra"])
+    text = (tmp_path / "ablation.md").read_text()
+    assert text.count("| l2-norm |") >= 8
+    assert (tmp_path / "ablation.png").stat().st_size > 10_000
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()}
+    assert run(*arguments)["rows"] == found["rows"]
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()} == times
+
+
+def test_effects_compare_with_all_else_equal() -> None:
+    levels = Levels(("magnitude", "l2-norm"), ("none",), ("uniform", "fisher"), ("topk",))
+    losses = {"magnitude": 1.0, "l2-norm": 0.5}
+    cells = [cell("dense", 0.0, 2.0)]
+    for label in levels.labels():
+        settings = settings_of(label)
+        factor = 0.1 if settings["allocation"] == "fisher" else 1.0
+        cells.append(cell(label, 0.5, 2.0 + losses[settings["criterion"]] * factor))
+    rows = rows_of_ablation(cells, 100.0)
+    found = {effect["value"]: effect for effect in effects(rows)}
+    assert found["l2-norm over magnitude"]["ratio"] == pytest.approx(0.5)
+    assert found["fisher over uniform"]["ratio"] == pytest.approx(0.1)
+    assert {(e["pairs"], e["better"]) for e in found.values()} == {(2, 1.0)}
+
+
+def test_frontier_command(folder: Path, tmp_path: Path) -> None:
+    found = run(
+        "eval", "frontier", "-m", str(folder), "-o", str(tmp_path), "--sparsities", "0.5",
+        "--methods", "wina", "--tokens", "128", "--window", "64", "--set", SETTINGS,
+    )  # fmt: skip
+    rows = {(row["width"], row["sparsity"]): row for row in found["rows"]}
+    assert set(rows) == {(w, s) for w in ("loaded", "int8", "int4") for s in (0.0, 0.5)}
+    for width in ("loaded", "int8", "int4"):
+        assert rows[width, 0.5]["bytes"] < rows[width, 0.0]["bytes"]
+    assert rows["loaded", 0.0]["nats_over_dense"] == 0.0
+    assert rows["loaded", 0.0]["share"] == 1.0
+    assert {row["method"] for row in found["rows"]} == {"dense", "wina"}
+    assert (tmp_path / "frontier.png").stat().st_size > 10_000
+    best = [row["width"] for row in found["rows"] if row["best"]]
+    assert (tmp_path / "frontier.md").read_text().count("\n| **") == len(best) > 0
+
+
+def test_rows_that_another_beats_in_both_are_not_best() -> None:
+    costs = TokenCosts(tiny_model("llama"))
+    name = costs.projections[0].name
+
+    def row(method: str, nats: float, share: float) -> dict[str, Any]:
+        realised = {"overall": share, "projections": {p.name: share for p in costs.projections}}
+        return cell(method, 0.5, nats, realised=realised)
+
+    cells = [cell("dense", 0.0, 2.0), row("teal", 2.5, 0.4), row("wina", 2.4, 0.5)]
+    found = {r["method"]: r for r in rows_of_frontier(cells, costs)}
+    assert [found[m]["best"] for m in ("dense", "wina", "teal")] == [True, True, False]
+    assert name in cells[1]["realised"]["projections"]
+    with pytest.raises(WinaError, match="loaded, int8, int4"):
+        frontier_columns(["wina"], ["int3"], [0.5], {})
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi3"])
+def test_dense_bytes_are_those_of_the_structure(name: str) -> None:
+    model = tiny_model(name)
+    structure = structure_of(model)
+    assert TokenCosts(model).dense.total == sum(w.read * w.itemsize for w in structure.weights)
+    halved = TokenCosts(model, itemsize=2)
+    assert halved.dense.total == TokenCosts(model).dense.total / 2
+    half = dict.fromkeys((p.name for p in halved.projections), 0.5)
+    read = halved.at(half, None, extra=400.0)
+    assert read.projections == halved.dense.projections / 2
+    assert read.extra == 200.0  # the float32 model's, counted with two bytes
+    assert read.thresholds == 4 * sum(p.in_features for p in halved.projections)
+
+
+@pytest.mark.parametrize("width", [None, "int8", "int4"])
+def test_rounded_rows_are_as_long_as_in_memory(width: str | None) -> None:
+    from wina.kernels.quantization import quantize
+
+    model = tiny_model("llama")
+    costs = TokenCosts(model)
+    held = 0
+    for projection in costs.projections:
+        weight: Any = model.get_submodule(projection.name).weight
+        if width is None:
+            held += weight.nbytes
+        else:
+            rounded = quantize(weight.detach().t(), width)
+            held += rounded.packed.nbytes + rounded.scales.nbytes
+    assert costs.at({}, width).projections == held
+
+
+def test_a_budget_gives_the_sparsity_that_meets_it() -> None:
+    costs = TokenCosts(tiny_model("llama"))
+    for width in (None, "int8"):
+        sparsity = costs.sparsity_for(0.45, width)
+        realised = dict.fromkeys((p.name for p in costs.projections), sparsity)
+        assert costs.share(costs.at(realised, width)) == pytest.approx(0.45)
+
+
+def adviser(model: nn.Module) -> Adviser:
+    return Adviser(
+        model, tiny_tokenizer(), ("wina",), tokens=256, window=64, show_progress=False
+    )  # fmt: skip
+
+
+def test_recommendations_keep_their_budget() -> None:
+    model = tiny_model("llama")
+    found = adviser(model)
+    chosen = found.for_bytes(0.6)
+    assert chosen.share <= 0.61
+    fitting = [t for t in found.tried if t.share <= 0.61]
+    assert chosen.nats_over_dense == min(t.nats_over_dense for t in fitting)
+    assert {t.width for t in found.tried} == {"loaded", "int8", "int4"}
+    assert not is_patched(model)
+    with pytest.raises(ConfigError, match="out of reach"):
+        adviser(model).for_bytes(0.05)
+
+
+def test_a_bound_on_the_loss_takes_the_fewest_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recommend, "_HALVINGS", 2)
+    found = adviser(tiny_model("llama"))
+    chosen = found.for_loss(0.02)
+    assert chosen.nats_over_dense <= 0.02
+    assert chosen.share == min(t.share for t in found.tried if t.nats_over_dense <= 0.02)
+    with pytest.raises(ConfigError, match="not negative"):
+        found.for_loss(-1.0)
+
+
+def test_recommend_command(folder: Path) -> None:
+    found = run(
+        "recommend", "-m", str(folder), "--bytes", "0.5", "--methods", "teal", "--widths",
+        "loaded", "--tokens", "512",
+    )  # fmt: skip
+    assert found["settings"]["method"] == "teal"
+    assert found["expected"]["share"] == pytest.approx(0.5, abs=0.02)
+    answer = CliRunner().invoke(app, ["recommend", "-m", str(folder)])
+    assert "one of --bytes and --max-loss" in str(answer.exception)
