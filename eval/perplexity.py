@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from wina.allocation import Measurements
 from wina.api import sparsify
 from wina.bench.machine import machine_card
-from wina.calibration import calibrate
 from wina.config import SparsityConfig
 from wina.errors import ConfigError
 from wina.inspection import inspect, measure_sparsity
@@ -178,15 +177,13 @@ def compare(
     ]
     baseline = perplexity(model, windows, title="scoring dense", show_progress=show_progress)
     rows = [_row("dense", 0.0, baseline, baseline)]
-    measurements = Measurements(max(sparsities, default=0.0))
+    measurements = Measurements(max((c.sparsity for c in configs), default=0.0))
     for config in configs:
         with rotated(model, config.rotation_spec, tokenizer, show_progress):
-            plan = calibrate(
-                model, tokenizer, config, show_progress=show_progress, measurements=measurements
-            )
             sparsify(
-                model, plan, keep_original=True,
+                model, config, tokenizer=tokenizer, keep_original=True,
                 backend="reference" if METHODS[config.method].gate_mask else "auto",
+                measurements=measurements,
                 show_progress=show_progress,
             )  # fmt: skip
             try:

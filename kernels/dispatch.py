@@ -37,20 +37,23 @@ class Backend(ABC):
         k_major: whether weights must lie K-major in memory. Every operator takes them as a
             matrix [K, N]; a backend that is not ``k_major`` reads the transposed view of the
             usual [N, K] layout.
-        sparse_linear, sparse_gate_up, dense_linear: as in :mod:`wina.kernels.reference`.
+        sparse_linear, sparse_gate_up, dense_linear, dense_linear_rows: as in
+            :mod:`wina.kernels.reference`.
         sparse_group: likewise, None where products of one hidden state gain nothing by it.
-        dense_linear_quantized, sparse_linear_quantized, sparse_gate_up_quantized: as in
-            :mod:`wina.kernels.quantized`.
+        dense_linear_quantized, dense_linear_rows_quantized, sparse_linear_quantized,
+            sparse_gate_up_quantized: as in :mod:`wina.kernels.quantized`.
     """
 
     name: str
     device: str | None
     k_major: bool
     dense_linear: Callable[..., Tensor]
+    dense_linear_rows: Callable[..., Tensor]
     sparse_linear: Callable[..., Tensor]
     sparse_gate_up: Callable[..., Tensor]
     sparse_group: Callable[..., list[Tensor]] | None = None
     dense_linear_quantized: Callable[..., Tensor]
+    dense_linear_rows_quantized: Callable[..., Tensor]
     sparse_linear_quantized: Callable[..., Tensor]
     sparse_gate_up_quantized: Callable[..., Tensor]
 
@@ -71,10 +74,12 @@ class TritonBackend(Backend):
     k_major = True
     # cuBLAS reads both layouts at full speed.
     dense_linear = staticmethod(reference.dense_linear)
+    dense_linear_rows = staticmethod(reference.dense_linear_rows)
     sparse_linear = staticmethod(ops.sparse_linear)
     sparse_gate_up = staticmethod(ops.sparse_gate_up)
     sparse_group = staticmethod(ops.sparse_group)
     dense_linear_quantized = staticmethod(quantized.dense_linear_quantized)
+    dense_linear_rows_quantized = staticmethod(quantized.dense_linear_rows_quantized)
     sparse_linear_quantized = staticmethod(quantized.linear_operator)
     sparse_gate_up_quantized = staticmethod(quantized.gate_up_operator)
 
@@ -103,9 +108,11 @@ class CpuBackend(Backend):
     device = "cpu"
     k_major = True
     dense_linear = staticmethod(cpu.dense_linear)
+    dense_linear_rows = staticmethod(ops.dense_linear_rows)
     sparse_linear = staticmethod(ops.sparse_linear)
     sparse_gate_up = staticmethod(ops.sparse_gate_up)
     dense_linear_quantized = staticmethod(cpu.dense_linear_quantized)
+    dense_linear_rows_quantized = staticmethod(quantized.dense_rows_operator)
     sparse_linear_quantized = staticmethod(quantized.linear_operator)
     sparse_gate_up_quantized = staticmethod(quantized.gate_up_operator)
 
@@ -125,9 +132,11 @@ class ReferenceBackend(Backend):
     device = None
     k_major = False
     dense_linear = staticmethod(reference.dense_linear)
+    dense_linear_rows = staticmethod(reference.dense_linear_rows)
     sparse_linear = staticmethod(reference.sparse_linear)
     sparse_gate_up = staticmethod(reference.sparse_gate_up)
     dense_linear_quantized = staticmethod(quantized.dense_linear_quantized)
+    dense_linear_rows_quantized = staticmethod(quantized.dense_linear_rows_quantized)
     sparse_linear_quantized = staticmethod(quantized.sparse_linear_quantized)
     sparse_gate_up_quantized = staticmethod(quantized.sparse_gate_up_quantized)
 

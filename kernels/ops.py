@@ -164,14 +164,19 @@ def check_linear(
             f"x and weight must share a dtype and threshold be float32, got {x.dtype}, "
             f"{weight.dtype} and {threshold.dtype}"
         )
-    if bias is not None and (bias.shape != weight.shape[1:] or bias.dtype != x.dtype):
-        raise RuntimeError(
-            f"bias must be [{weight.shape[1]}] {x.dtype}, got {tuple(bias.shape)} {bias.dtype}"
-        )
+    check_bias(x, weight.shape[1], bias)
     if scale is not None and (scale.shape != x.shape[:-1] or scale.dtype != torch.float32):
         raise RuntimeError(
             f"scale must be {tuple(x.shape[:-1])} torch.float32, one a token, got "
             f"{tuple(scale.shape)} {scale.dtype}"
+        )
+
+
+def check_bias(x: Tensor, columns: int, bias: Tensor | None) -> None:
+    """Raise a RuntimeError unless a bias, if there is one, is [N] in the dtype of x."""
+    if bias is not None and (bias.shape != (columns,) or bias.dtype != x.dtype):
+        raise RuntimeError(
+            f"bias must be [{columns}] {x.dtype}, got {tuple(bias.shape)} {bias.dtype}"
         )
 
 
@@ -190,6 +195,17 @@ def check_activation(name: str) -> None:
         raise RuntimeError(
             f"unknown activation {name!r}; known: {', '.join(reference.ACTIVATIONS)}"
         )
+
+
+def _check_dense_rows(a: Arguments) -> None:
+    if a.weight.dim() != 2 or a.x.dim() < 1 or a.x.shape[-1] != a.weight.shape[1]:
+        raise RuntimeError(
+            "expected x [..., K] and weight [N, K], got shapes "
+            f"{tuple(a.x.shape)} and {tuple(a.weight.shape)}"
+        )
+    if a.x.dtype != a.weight.dtype:
+        raise RuntimeError(f"x and weight must share a dtype, got {a.x.dtype} and {a.weight.dtype}")
+    check_bias(a.x, a.weight.shape[0], a.bias)
 
 
 def _check_sparse_linear(a: Arguments) -> None:
@@ -260,6 +276,11 @@ sparse_group: Callable[..., list[Tensor]] = define(
     reference.sparse_group,
     check=_check_group,
     output=lambda a: [columns_of(a.x, weight) for weight in a.weights],
+)
+dense_linear_rows: Callable[..., Tensor] = define(
+    reference.dense_linear_rows,
+    check=_check_dense_rows,
+    output=lambda a: columns_of(a.x, a.weight.t()),
 )
 topk_scale: Callable[..., Tensor] = define(
     reference.topk_scale, _check_topk, output=lambda a: one_a_token(a.x)

@@ -19,6 +19,7 @@ from wina.kernels.quantization import (
     FORMATS,
     GROUP,
     QuantizedWeight,
+    dequantize,
     format_of,
     groups_of,
     scales_of,
@@ -133,6 +134,50 @@ def _product(
     return multiply(reference.mask_inputs(x, threshold, scale), weight, bias, dtype)
 
 
+def dense_linear_rows_quantized(
+    x: Tensor, packed: Tensor, scales: Tensor, columns: int, bits: int, bias: Tensor | None = None
+) -> Tensor:
+    """y = W·x + bias for an integer W of outputs × inputs: an ``lm_head`` in 8 or 4 bits.
+
+    Args:
+        x: hidden states [..., K].
+        packed, scales, columns, bits: the fields of ``quantize(W)`` for W [N, K], so that a row
+            and its groups lie along K = ``columns``.
+        bias: [N] or None.
+
+    Returns:
+        [..., N] in the dtype of x, of float32 sums (float64 for float64 x).
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide = x.to(dtype)
+    rows = _BLOCK_GROUPS * GROUP
+    parts = [
+        F.linear(wide, dequantize(block, block_scales, columns, bits).to(dtype))
+        for block, block_scales in zip(packed.split(rows), scales.split(rows), strict=True)
+    ]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def check_packed(
+    x: Tensor, rows: int, packed: Tensor, scales: Tensor, columns: int, bits: int
+) -> None:
+    """Raise a RuntimeError unless these are the fields of a QuantizedWeight of so many rows."""
+    if bits not in (form.bits for form in FORMATS.values()):
+        raise RuntimeError(f"expected 8 or 4 bits, got {bits} bits")
+    row_bytes = format_of(bits).row_bytes(columns)
+    for name, tensor, width, dtype in (
+        ("packed", packed, row_bytes, torch.int8),
+        ("scales", scales, scales_of(columns), torch.bfloat16),
+    ):
+        shape = (rows, width)
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise RuntimeError(
+                f"{name} of {columns} columns in {bits} bits must be {shape} {dtype}, contiguous, "
+                f"for x {tuple(x.shape)}; got {tuple(tensor.shape)} {tensor.dtype}"
+            )
+
+
 def check_quantized(
     x: Tensor,
     packed: Tensor,
@@ -144,21 +189,9 @@ def check_quantized(
     scale: Tensor | None = None,
 ) -> None:
     """Raise a RuntimeError that names the argument whose shape or dtype does not fit."""
-    if x.dim() < 1 or bits not in (form.bits for form in FORMATS.values()):
-        raise RuntimeError(
-            f"expected x [..., K] and 8 or 4 bits, got x {tuple(x.shape)} and {bits} bits"
-        )
-    row_bytes = format_of(bits).row_bytes(columns)
-    for name, tensor, width, dtype in (
-        ("packed", packed, row_bytes, torch.int8),
-        ("scales", scales, scales_of(columns), torch.bfloat16),
-    ):
-        shape = (x.shape[-1], width)
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise RuntimeError(
-                f"{name} of {columns} columns in {bits} bits must be {shape} {dtype}, contiguous, "
-                f"for x {tuple(x.shape)}; got {tuple(tensor.shape)} {tensor.dtype}"
-            )
+    if x.dim() < 1:
+        raise RuntimeError("expected x [..., K], got a scalar")
+    check_packed(x, x.shape[-1], packed, scales, columns, bits)
     # A weight of x's dtype and the right shape: the other arguments are those of sparse_linear.
     ops.check_linear(x, x.new_empty(()).expand(x.shape[-1], columns), threshold, bias, scale)
 
@@ -166,6 +199,16 @@ def check_quantized(
 def _check_linear(a: Arguments) -> None:
     check_quantized(a.x, a.packed, a.scales, a.columns, a.bits, a.threshold, a.bias, a.scale)
     ops.check_residual(a.x, a.columns, a.residual)
+
+
+def _check_dense_rows(a: Arguments) -> None:
+    if a.x.dim() < 1 or a.x.shape[-1] != a.columns or a.packed.dim() != 2:
+        raise RuntimeError(
+            f"expected x [..., K] with K = {a.columns} columns and packed [N, row bytes], got "
+            f"{tuple(a.x.shape)} and {tuple(a.packed.shape)}"
+        )
+    check_packed(a.x, a.packed.shape[0], a.packed, a.scales, a.columns, a.bits)
+    ops.check_bias(a.x, a.packed.shape[0], a.bias)
 
 
 def _check_gate_up(a: Arguments) -> None:
@@ -186,4 +229,9 @@ def _output(a: Arguments) -> Tensor:
 linear_operator: Callable[..., Tensor] = ops.define(sparse_linear_quantized, _check_linear, _output)
 gate_up_operator: Callable[..., Tensor] = ops.define(
     sparse_gate_up_quantized, _check_gate_up, _output
+)
+dense_rows_operator: Callable[..., Tensor] = ops.define(
+    dense_linear_rows_quantized,
+    _check_dense_rows,
+    lambda a: a.x.new_empty((*a.x.shape[:-1], a.packed.shape[0])),
 )

@@ -56,6 +56,20 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return F.linear(x, weight.t(), bias)
 
 
+def dense_linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = W·x + bias for a row-major W: an ``lm_head``, or another linear that is not patched.
+
+    Args:
+        x: hidden states [..., K].
+        weight: [N, K] as ``nn.Linear`` keeps it, so that an embedding can share it.
+        bias: [N] or None.
+
+    Returns:
+        [..., N] in the dtype of x.
+    """
+    return F.linear(x, weight, bias)
+
+
 def sparse_linear(
     x: Tensor,
     weight: Tensor,

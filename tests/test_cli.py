@@ -29,8 +29,8 @@ def invoke(*arguments: str) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["demo"], ["demo-model"], ["calibrate"], ["inspect"], ["generate"], ["bench", "kernels"],
-     ["bench", "decode"], ["bench", "roofline"], ["bench", "plot"], ["eval"],
+    [[], ["demo"], ["demo-model"], ["calibrate"], ["export"], ["inspect"], ["generate"],
+     ["bench", "kernels"], ["bench", "decode"], ["bench", "roofline"], ["bench", "plot"], ["eval"],
      ["eval", "ppl"], ["eval", "verify"]],
 )  # fmt: skip
 def test_help(command: list[str]) -> None:
@@ -46,6 +46,21 @@ def test_calibrate_inspect_generate(folder: str, tmp_path: Path) -> None:
     assert "q_proj" in invoke("inspect", "--model", folder)
     text = invoke("generate", "Hello", "-m", folder, "--plan", plan, "--max-new-tokens", "5")
     assert text.startswith("Hello")
+
+
+def test_export_inspect_generate(folder: str, tmp_path: Path) -> None:
+    plan, out = str(tmp_path / "plan"), str(tmp_path / "out")
+    invoke("calibrate", plan, "--model", folder, "--tokens", "1024", "--sparsity", "0.4")
+    assert "wina at 40%" in invoke("export", out, "--model", folder, "--plan", plan)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for words in ("40% sparse", "arXiv 2505.19427", "wina export out --model", "Nothing: `wina ex"):
+        assert words in card
+    rows = json.loads(invoke("inspect", "--model", out, "--json"))["rows"]
+    assert {row["sparsity"] for row in rows} == {0.4}
+    assert invoke("generate", "Hello", "-m", out, "--max-new-tokens", "3").startswith("Hello")
+    # Everything else starts from the dense model.
+    assert "wina at 50%" in invoke("calibrate", plan, "--model", out, "--tokens", "1024")
 
 
 def test_eval_ppl(folder: str) -> None:

@@ -28,8 +28,8 @@ def test_public_names() -> None:
     import wina
 
     assert set(wina.__all__) == {
-        "SparsityConfig", "SparsityPlan", "WinaError", "calibrate", "dense", "inspect",
-        "restore", "rotate", "sparsify", "unrotate",
+        "SparsityConfig", "SparsityPlan", "WinaConfig", "WinaError", "calibrate", "dense",
+        "inspect", "restore", "rotate", "sparsify", "unrotate",
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from wina.errors import UnsupportedModelError
-from wina.projections import decoder_blocks, find_projections, group_members
+from wina.projections import decoder_blocks, dense_modules, find_projections, group_members
 from wina.testing import TINY, tiny_model
 
 QKV_GATE_UP = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
@@ -61,17 +61,20 @@ class Linear4bit(nn.Linear):
     """As bitsandbytes has it: a subclass with weights in another format."""
 
 
-def test_subclass_of_linear_is_named(llama: nn.Module) -> None:
+def test_subclass_of_linear_stays_dense(llama: nn.Module) -> None:
     llama.model.layers[1].mlp.up_proj = Linear4bit(64, 96, bias=False)  # type: ignore
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.up_proj is a .*Linear4bit"):
-        find_projections(llama)
+    assert len(find_projections(llama)) == 13
+    (dense,) = dense_modules(llama)
+    assert (dense.name, dense.weights) == ("model.layers.1.mlp.up_proj", 64 * 96)
+    assert "Linear4bit" in dense.reason
 
 
-def test_integer_weights_are_named(llama: nn.Module) -> None:
+def test_integer_weights_stay_dense(llama: nn.Module) -> None:
     layer = llama.model.layers[0].mlp.up_proj  # type: ignore
     layer.weight = nn.Parameter(torch.zeros(96, 64, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.up_proj.*int8"):
-        find_projections(llama)
+    (dense,) = dense_modules(llama)
+    assert dense.name == "model.layers.0.mlp.up_proj"
+    assert "int8" in dense.reason
 
 
 def test_meta_device_is_named() -> None:
@@ -91,24 +94,6 @@ def test_other_weight_classes_are_named() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64))
     with pytest.raises(UnsupportedModelError, match=r"h\.0\.attn\.c_attn is a .*Conv1D"):
         find_projections(gpt2)
-
-
-def test_fused_experts_are_named() -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    mixtral = MixtralForCausalLM(
-        MixtralConfig(
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            vocab_size=64,
-            num_local_experts=2,
-        )
-    )
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp.* shape"):
-        find_projections(mixtral)
 
 
 def test_encoder_decoder_is_refused() -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from wina.allocation import Measurements
 from wina.calibration import calibrate
 from wina.config import SparsityConfig
 from wina.errors import ConfigError
 from wina.patch import apply_plan
 from wina.plan import SparsityPlan
+from wina.saving import saves_with_plan
 
 
 def sparsify(
@@ -24,6 +26,7 @@ def sparsify(
     backend: str = "auto",
     keep_original: bool = False,
     show_progress: bool = True,
+    measurements: Measurements | None = None,
     **settings: Any,
 ) -> SparsityPlan:
     """Make a decoder read only the weights that matter, in place.
@@ -41,6 +44,7 @@ def sparsify(
         keep_original: with ``weight_dtype``, keep the original weights in memory beside the rounded
             ones. Without it they are freed, and :func:`wina.restore` refuses.
         show_progress: draw a progress bar on stderr.
+        measurements: see :func:`wina.calibrate`.
         **settings: fields of :class:`SparsityConfig`, such as ``sparsity=0.5, method="teal"``.
 
     Returns:
@@ -56,11 +60,12 @@ def sparsify(
     if plan is None:
         plan = SparsityConfig.from_dict(settings)
     if isinstance(plan, SparsityConfig):
-        plan = calibrate(model, tokenizer, plan, texts, show_progress)
+        plan = calibrate(model, tokenizer, plan, texts, show_progress, measurements)
     elif not isinstance(plan, SparsityPlan):
         raise ConfigError(
             f"expected a SparsityPlan or a SparsityConfig, got {type(plan).__name__} "
             "(sparsity=0.5 is given by keyword)"
         )
     apply_plan(model, plan, prefill, backend, keep_original, show_progress)
+    saves_with_plan(model)
     return plan

@@ -12,6 +12,7 @@ the two halves of one batch, and only the second half is masked.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ from wina.progress import Advance, progress
 from wina.projections import (
     Projection,
     decoder_of,
+    dense_modules,
     find_projections,
     group_members,
     model_type_of,
@@ -41,6 +43,11 @@ from wina.rotation import check_rotation, rotation_of
 from wina.scores import ChannelScores, rounded
 from wina.statistics import ScoreHistogram
 from wina.texts import bundled, to_windows
+
+logger = logging.getLogger(__name__)
+
+# Dense modules of a smaller share of the blocks' weights, such as routers, are not worth a warning.
+_MENTIONED = 0.01
 
 # Tokens whose activations are alive at once. More calibration tokens than this are taken in
 # several passes, at first with cut-offs from the first chunk.
@@ -81,6 +88,7 @@ def calibrate(
         )
     check_rotation(model, config.rotation_spec)
     projections = find_projections(model)
+    _tell_what_stays_dense(model, projections)
     windows = to_windows(
         bundled("calibration") if texts is None else texts,
         tokenizer,
@@ -143,6 +151,17 @@ def calibrate(
     if not correction.learns or config.sparsity == 0.0:
         return plan
     return learn(model, plan, correction, windows, show_progress)
+
+
+def _tell_what_stays_dense(model: nn.Module, projections: Sequence[Projection]) -> None:
+    dense = dense_modules(model)
+    weights = sum(module.weights for module in dense)
+    share = weights / (weights + sum(projection.weights for projection in projections))
+    if share > _MENTIONED:
+        logger.warning(
+            "%.0f%% of the weights of the blocks stay dense: %s %s (all: wina.inspect(model))",
+            100 * share, dense[0].name, dense[0].reason,
+        )  # fmt: skip
 
 
 def _units(projections: Sequence[Projection], config: SparsityConfig) -> list[Unit]:

@@ -121,6 +121,51 @@ def calibrate(
 
 
 @app.command()
+def export(
+    output: Annotated[Path, typer.Argument(help="Folder for weights, plan, tokenizer and card.")],
+    model: Model = "demo",
+    plan: Annotated[Path | None, typer.Option(help="Plan folder; default: calibrate now.")] = None,
+    method: Method = "wina",
+    sparsity: Sparsity = 0.5,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure quality and speed for the model card.")
+    ] = False,
+    dtype: Dtype = "auto",
+    weight_dtype: WeightDtype = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write a sparse model as one folder, ready for a model hub.
+
+    `from_pretrained` loads it back sparse after `import wina`, and dense where wina is not
+    installed. To publish it: `hf upload NAME/REPOSITORY FOLDER`.
+    """
+    import shlex
+
+    import wina
+    from wina.export import export as write
+    from wina.export import measure as measured_figures
+
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    if plan is None:
+        config = wina.SparsityConfig(method=method, sparsity=sparsity, weight_dtype=weight_dtype)
+        give_rotation(loaded, config.rotation_spec, tokenizer)
+        found = wina.calibrate(loaded, tokenizer, config)
+    else:
+        found = wina.SparsityPlan.load(plan)
+        give_rotation(loaded, found.rotation, tokenizer)
+    figures = measured_figures(loaded, tokenizer, found) if measure else None
+    # The original weights are saved where the plan rounds them: loading rounds them again.
+    wina.sparsify(loaded, found, keep_original=True)
+    options: dict[str, object] = {"--model": model, "--dtype": dtype, "--plan": plan}
+    if plan is None:
+        options |= {"--method": method, "--sparsity": sparsity, "--weight-dtype": weight_dtype}
+    words = [str(w) for pair in options.items() if pair[1] is not None for w in pair]
+    command = shlex.join(["wina", "export", output.name, *words, *["--measure"] * measure])
+    write(loaded, tokenizer, output, model, command, figures)
+    print(f"{output}: {found.config.method} at {found.config.sparsity:.0%}, with a model card")
+
+
+@app.command()
 def recommend(
     share: Annotated[
         float | None,
@@ -177,7 +222,7 @@ def inspect(
 
     import wina
 
-    loaded, tokenizer = load_model(model, trust=trust_remote_code)
+    loaded, tokenizer = load_model(model, trust=trust_remote_code, sparse=plan is None)
     if plan is not None:
         saved = wina.SparsityPlan.load(plan)
         give_rotation(loaded, saved.rotation, tokenizer)
@@ -198,20 +243,25 @@ def generate(
     weight_dtype: WeightDtype = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Continue a prompt greedily with the sparse model, printing tokens as they come."""
+    """Continue a prompt greedily with the sparse model, printing tokens as they come.
+
+    A folder of `wina export` brings its plan along, and needs no other option.
+    """
     from transformers import TextStreamer
 
     import wina
+    from wina.patch import is_patched
 
     config = wina.SparsityConfig(
         method=method,
         sparsity=0.0 if method == "dense" else sparsity,
         weight_dtype=weight_dtype,
     )
-    loaded, tokenizer = load_model(model, dtype, trust_remote_code)
-    saved = None if plan is None else wina.SparsityPlan.load(plan)
-    give_rotation(loaded, saved.rotation if saved else config.rotation_spec, tokenizer)
-    wina.sparsify(loaded, saved or config, tokenizer=tokenizer)
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code, sparse=plan is None)
+    if not is_patched(loaded):
+        saved = None if plan is None else wina.SparsityPlan.load(plan)
+        give_rotation(loaded, saved.rotation if saved else config.rotation_spec, tokenizer)
+        wina.sparsify(loaded, saved or config, tokenizer=tokenizer)
     inputs = tokenizer(prompt, return_tensors="pt")
     loaded.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=TextStreamer(tokenizer)

@@ -37,16 +37,29 @@ Trust = Annotated[
 ]
 
 
-def load_model(model: str, dtype: str = "auto", trust: bool = False) -> tuple[Any, Any]:
-    """(model, tokenizer), on the CPU or wherever transformers puts it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_model(
+    model: str, dtype: str = "auto", trust: bool = False, sparse: bool = False
+) -> tuple[Any, Any]:
+    """(model, tokenizer), on the CPU or wherever transformers puts it.
+
+    A folder with a plan of its own gives a sparse model where ``sparse`` says so, else a dense one.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
+
+    from wina.saving import QUANT_METHOD
 
     logging.disable_progress_bar()
     path = resolve_model(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        quantization = getattr(config, "quantization_config", None) or {}
+        if not sparse and quantization.get("quant_method") == QUANT_METHOD:
+            del config.quantization_config
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, trust_remote_code=trust
+        )
     except (OSError, ValueError) as error:
         raise WinaError(f"cannot load {path}: {error}") from None
     return loaded.eval(), tokenizer

@@ -18,7 +18,7 @@ from wina.linear import SparseLinear
 from wina.mlp import GatedForm, SparseGatedMLP
 from wina.patch import is_patched, patch_of
 from wina.plan import weighted_mean
-from wina.projections import find_projections
+from wina.projections import DenseModule, dense_modules, find_projections, model_type_of
 from wina.rotation import rotation_elements
 
 
@@ -55,6 +55,7 @@ class Inspection:
         prefill: share of a prompt's tokens that are sparse.
         realised: share of projection weights a decoded token skips, on calibration text.
         rows: one for each projection, in order of execution.
+        dense: modules of the blocks that stay dense, and why.
         rotation_bytes: what a token reads for the model's rotations, see :func:`wina.rotate`.
     """
 
@@ -63,6 +64,7 @@ class Inspection:
     prefill: float
     realised: float
     rows: tuple[InspectionRow, ...]
+    dense: tuple[DenseModule, ...] = ()
     rotation_bytes: int = 0
 
     @property
@@ -102,6 +104,22 @@ class Inspection:
             f"{text.getvalue()}realised over the model: {self.realised:.3f} of projection weights "
             f"skipped by a decoded token (on calibration text); share of prefill tokens that are "
             f"sparse: {self.prefill:g}{extra if self.extra_bytes and weights else ''}"
+            + self._dense_text()
+        )
+
+    def _dense_text(self) -> str:
+        """A line for every reason to stay dense."""
+        reasons: dict[str, list[DenseModule]] = {}
+        for module in self.dense:
+            reasons.setdefault(module.reason, []).append(module)
+        total = sum(m.weights for m in self.dense) + sum(
+            N * K for N, K in (r.shape for r in self.rows)
+        )
+        return "".join(
+            f"\nstays dense, {sum(m.weights for m in modules) / total:.1%} of the weights of the "
+            f"blocks: {modules[0].name}{f' and {len(modules) - 1} more' * (len(modules) > 1)}, "
+            f"each {reason}"
+            for reason, modules in reasons.items()
         )
 
 
@@ -116,8 +134,10 @@ def inspect(model: nn.Module) -> Inspection:
             InspectionRow(p.name, (p.out_features, p.in_features), 0.0, 0.0, None, "torch", "dense")
             for p in projections
         )
-        kind = str(model.config.model_type)  # type: ignore[union-attr]
-        return Inspection(kind, "dense", 0.0, 0.0, rows, rotation_elements(model).bytes)
+        return Inspection(
+            model_type_of(model), "dense", 0.0, 0.0, rows, tuple(dense_modules(model)),
+            rotation_elements(model).bytes,
+        )  # fmt: skip
     patch = patch_of(model)
     rows = []  # type: ignore[assignment]
     sparse = {m.name: m for m in model.modules() if isinstance(m, SparseLinear)}
@@ -146,6 +166,11 @@ def inspect(model: nn.Module) -> Inspection:
         patch.control.prefill.share if patch.control.enabled else 0.0,
         patch.plan.realised,
         tuple(rows),
+        tuple(
+            module
+            for module in dense_modules(model)
+            if not isinstance(model.get_submodule(module.name), SparseLinear)
+        ),
         rotation_elements(model).bytes,
     )
 
@@ -170,7 +195,8 @@ class RealisedSparsity:
         self._projections = [layer.projection for layer in patch_of(model).plan.layers.values()]
         # Tensors: reading each count would make a GPU wait for the CPU in every layer.
         self._dropped = {p.name: torch.zeros((), dtype=torch.int64) for p in self._projections}
-        self._seen = {p.name: 0 for p in self._projections}
+        # Numbers would be constants to torch.compile: each call would compile anew.
+        self._seen = {p.name: torch.zeros((), dtype=torch.int64) for p in self._projections}
         # A gate's mask drops rows of up as well: counted with the columns of down.
         self._rows = {
             f"{name}.{m.gated.form.down}": (f"{name}.{m.gated.form.up}",)
@@ -183,13 +209,13 @@ class RealisedSparsity:
         dropped = (~keep_mask(x.detach(), threshold, scale)).sum()
         for reader in (name, *self._rows.get(name, ())):
             self._dropped[reader] = self._dropped[reader].to(dropped.device) + dropped
-            self._seen[reader] += x.numel()
+            self._seen[reader] = self._seen[reader] + x.numel()
 
     @property
     def by_projection(self) -> Mapping[str, float]:
         """Projection name → share of channels dropped (0 where nothing was seen)."""
         return {
-            name: int(self._dropped[name]) / seen if seen else 0.0
+            name: int(self._dropped[name]) / int(seen) if seen else 0.0
             for name, seen in self._seen.items()
         }
 

@@ -96,29 +96,33 @@ class SparseGatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [..., S, K] → [..., S, K]."""
         form = self.gated.form
-        gate: SparseLinear = self._modules[form.gate]  # type: ignore[assignment]
-        up: SparseLinear = self._modules[form.up]  # type: ignore[assignment]
-        down: SparseLinear = self._modules[form.down]  # type: ignore[assignment]
-        control = gate.control
-        if self.gate_mask:
-            return self._by_gate(gate, up, down, x)
-        if (
-            control.observer is None
-            and control.first_sparse(x) == 0
-            and control.sparse_tokens(x) is None
-            and gate.one_launch
-            and up.one_launch
-            and not (torch.is_grad_enabled())
-        ):
+        gate, up, down = (self._modules[name] for name in (form.gate, form.up, form.down))
+        assert gate is not None
+        assert up is not None
+        assert down is not None
+        if self.gate_mask and isinstance(up, SparseLinear) and isinstance(down, SparseLinear):
+            # Dense products, where what the gate leaves out is zero.
+            activated = ACTIVATIONS[self.gated.activation](gate(x))
+            chosen: Tensor = down.dense(down.chosen(activated) * up.dense(x))
+            return chosen
+        if isinstance(gate, SparseLinear) and isinstance(up, SparseLinear) and _fuses(gate, up, x):
             h = gate.gate_up(up, x, self.gated.activation)
-        else:
+        else:  # an adapter may have been wrapped around them
             h = ACTIVATIONS[self.gated.activation](gate(x)) * up(x)
         y: Tensor = down(h)
         return y
 
-    def _by_gate(
-        self, gate: SparseLinear, up: SparseLinear, down: SparseLinear, x: Tensor
-    ) -> Tensor:
-        """Dense products where what the gate leaves out is zero."""
-        activated = ACTIVATIONS[self.gated.activation](gate(x))
-        return down.dense(down.chosen(activated) * up.dense(x))
+
+def _fuses(gate: SparseLinear, up: SparseLinear, x: Tensor) -> bool:
+    """Whether every token of x is sparse, one launch can give both products, and nobody looks at
+    them on their own.
+    """
+    control = gate.control
+    return (
+        control.observer is None
+        and control.first_sparse(x) == 0
+        and control.sparse_tokens(x) is None
+        and gate.one_launch
+        and up.one_launch
+        and not torch.is_grad_enabled()
+    )

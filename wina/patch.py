@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from wina.mlp import SparseGatedMLP, recognise_gated_mlp
 from wina.plan import SparsityPlan
 from wina.prefill import Prefill
 from wina.progress import progress
-from wina.projections import architecture_of, check_projection, group_members
+from wina.projections import architecture_of, group_members, why_dense
 from wina.quantized_linear import QuantizedSparseLinear
 
 _ATTRIBUTE = "_wina_patch"
@@ -72,15 +73,40 @@ def _memory(parameter: nn.Parameter) -> Tensor:
     return parameter.data.as_strided((parameter.numel(),), (1,))
 
 
+class Replaced(NamedTuple):
+    """``original`` was the child ``name`` of ``parent``, where ``new`` stands now."""
+
+    parent: nn.Module
+    name: str
+    original: nn.Module
+    new: nn.Module
+
+    def undo(self) -> None:
+        """Put the original back, in whatever was wrapped around the new module since."""
+        self.original.train(self.new.training)
+        self.original._modules.update(self.new._modules)
+        if self.parent._modules[self.name] is self.new:
+            self.parent._modules[self.name] = self.original
+            return
+        for wrapper in self.parent._modules[self.name].modules():  # type: ignore[union-attr]
+            for name, child in wrapper._modules.items():
+                if child is self.new:
+                    wrapper._modules[name] = self.original
+
+
 @dataclass
 class Patch:
-    """What was done to a model, in the order in which it was done."""
+    """What was done to a model, in the order in which it was done.
+
+    ``attributes`` are names that were set on the model itself, hiding those of its class.
+    """
 
     plan: SparsityPlan
     control: Control
-    replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    replaced: list[Replaced] = field(default_factory=list)
     transposed: list[nn.Parameter] = field(default_factory=list)
     layout: Layout = field(default_factory=Layout)
+    attributes: list[str] = field(default_factory=list)
     dropped: bool = False
 
     def drop_originals(self) -> None:
@@ -94,9 +120,7 @@ class Patch:
         Can be interrupted and called again.
         """
         while self.replaced:
-            parent, name, original = self.replaced[-1]
-            original.train(parent._modules[name].training)  # type: ignore[union-attr]
-            parent._modules[name] = original
+            self.replaced[-1].undo()
             self.replaced.pop()
         self.layout.recover()
         while self.transposed:
@@ -152,9 +176,11 @@ def apply_plan(
     architecture = architecture_of(model)
     for name in plan.layers:
         try:
-            check_projection(name, model.get_submodule(name), architecture)
+            reason = why_dense(name, model.get_submodule(name), architecture)
         except AttributeError:
             raise PlanError(f"the plan names {name}, which this model does not have") from None
+        if reason is not None:
+            raise UnsupportedModelError(f"{name} {reason}")
     plan.check(model)
     _check_weights(model, plan)
     config = plan.config
@@ -241,7 +267,7 @@ def _lay(patch: Patch, sparse: SparseLinear) -> None:
 def _replace(
     patch: Patch, parent: nn.Module, name: str, original: nn.Module, new: nn.Module
 ) -> None:
-    patch.replaced.append((parent, name, original))
+    patch.replaced.append(Replaced(parent, name, original, new))
     parent._modules[name] = new
 
 
@@ -256,7 +282,10 @@ def restore(model: nn.Module) -> None:
             "the original weights were not kept when they were rounded: load the model again, or "
             "pass keep_original=True to wina.sparsify before wina.restore"
         )
-    patch_of(model).undo()
+    patch = patch_of(model)
+    patch.undo()
+    for name in patch.attributes:
+        del model.__dict__[name]
     del model.__dict__[_ATTRIBUTE]
 
 

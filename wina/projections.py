@@ -7,7 +7,7 @@ that way. Knows nothing of sparsity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +70,18 @@ def model_type_of(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
 
 
+def text_config(model: nn.Module) -> Any:
+    """The config of the decoder: a model of several towers keeps it inside its own."""
+    config: Any = model.config
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The decoder without its language-model head."""
+    """The decoder without its language-model head; of a vision-language model, the language tower.
+
+    Raises:
+        UnsupportedModelError: no model of transformers, or an encoder-decoder.
+    """
     config: Any = getattr(model, "config", None)
     if config is None:
         raise UnsupportedModelError(
@@ -82,7 +92,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder; wina takes decoder-only models"
         )
-    decoder = getattr(model, "base_model", model)
+    towers = text_config(model) is not config
+    decoder = model.get_decoder() if towers else getattr(model, "base_model", model)  # type: ignore[operator]
     if not isinstance(decoder, nn.Module):
         raise UnsupportedModelError(f"{type(model).__name__}.base_model is not a module")
     return decoder
@@ -91,12 +102,12 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of the decoder blocks, in order."""
     decoder = decoder_of(model)
-    config: Any = model.config
-    count = getattr(config, "num_hidden_layers", None)
+    count = getattr(text_config(model), "num_hidden_layers", None)
+    inside = set(decoder.modules())
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        if isinstance(module, nn.ModuleList) and len(module) == count and module in inside
     ]
     if len(lists) != 1:
         found = ", ".join(name for name, _ in lists) or "none"
@@ -108,23 +119,44 @@ def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{i}", block) for i, block in enumerate(blocks.children())]
 
 
+@dataclass(frozen=True)
+class DenseModule:
+    """A module of a block that holds matrices and stays as it is.
+
+    Attributes:
+        name: of the module.
+        reason: why it stays dense, for people.
+        weights: elements of its matrices.
+    """
+
+    name: str
+    reason: str
+    weights: int
+
+
 def find_projections(model: nn.Module) -> list[Projection]:
     """All projections of the decoder blocks, in the order in which a token passes them.
 
-    Sends two tokens through the decoder without gradients. Changes nothing.
+    Sends two tokens through the decoder without gradients. Changes nothing. What cannot become
+    sparse is left out: :func:`dense_modules` tells it, with reasons.
 
     Raises:
-        UnsupportedModelError: naming the module that does not fit, and why.
+        UnsupportedModelError: no projection is left, with the reason of the first module; or one
+            took no part in the pass.
     """
     linears: dict[str, tuple[int, nn.Linear]] = {}
     architecture = architecture_of(model)
-    for index, (block_name, block) in enumerate(decoder_blocks(model)):
-        for name, module in block.named_modules(prefix=block_name):
-            if check_projection(name, module, architecture):
-                assert isinstance(module, nn.Linear)
-                linears[name] = (index, module)
+    for index, name, module in _block_modules(model):
+        if is_linear(module, architecture) and why_dense(name, module, architecture) is None:
+            assert isinstance(module, nn.Linear)
+            linears[name] = (index, module)
     if not linears:
-        raise UnsupportedModelError(f"{type(model).__name__} has no nn.Linear in its blocks")
+        dense = dense_modules(model)
+        raise UnsupportedModelError(
+            f"{dense[0].name} {dense[0].reason}"
+            if dense
+            else f"{type(model).__name__} has no nn.Linear in its blocks"
+        )
     inputs = _observe_inputs(model, {name: module for name, (_, module) in linears.items()})
     groups = _group_by_input(inputs)
     return [
@@ -139,31 +171,76 @@ def find_projections(model: nn.Module) -> list[Projection]:
     ]
 
 
-def check_projection(name: str, module: nn.Module, architecture: Architecture) -> bool:
-    """Whether a module is a projection; raises where it holds weights that wina cannot read."""
-    if name.rpartition(".")[2] in architecture.skip or isinstance(module, nn.Embedding):
-        return False
-    kind = type(module)
-    if kind is nn.Linear or kind.__name__ in architecture.linear_types:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        if weight.is_meta:
-            raise UnsupportedModelError(
-                f"{name} is on the meta device: load the weights before calibrating or patching"
-            )
-        if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
-            raise UnsupportedModelError(
-                f"{name} holds a {type(weight).__name__} of {weight.dtype}: quantized weights of "
-                "another library cannot be patched; load the model unquantized"
-            )
-        return True
-    for parameter_name, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() >= 2:
-            raise UnsupportedModelError(
-                f"{name} is a {kind.__module__}.{kind.__qualname__} whose {parameter_name} has "
-                f"shape {tuple(parameter.shape)}: wina reads plain nn.Linear projections only"
-            )
-    return False
+def dense_modules(model: nn.Module) -> list[DenseModule]:
+    """The modules of the decoder blocks that hold matrices and cannot become sparse."""
+    architecture = architecture_of(model)
+    found = []
+    for _, name, module in _block_modules(model):
+        reason = why_dense(name, module, architecture)
+        if reason is not None:
+            found.append(DenseModule(name, reason, sum(_matrices(module).values())))
+    return found
+
+
+def _block_modules(model: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
+    """(block, name, module) of everything inside the decoder blocks but adapters."""
+    adapters: set[str] = set()
+    for index, (block_name, block) in enumerate(decoder_blocks(model)):
+        for name, module in block.named_modules(prefix=block_name):
+            # PEFT keeps the parts of an adapter beside the layer that it wraps, `base_layer`.
+            parts = getattr(module, "adapter_layer_names", ())
+            adapters.update(f"{name}.{part}" for part in parts)
+            if not any(name.startswith(f"{adapter}.") for adapter in adapters):
+                yield index, name, module
+
+
+def is_linear(module: nn.Module, architecture: Architecture) -> bool:
+    """Whether a module computes what ``nn.Linear`` does, whatever its weight is made of."""
+    return type(module) is nn.Linear or type(module).__name__ in architecture.linear_types
+
+
+def why_dense(name: str, module: nn.Module, architecture: Architecture) -> str | None:
+    """Why a module that holds matrices cannot become sparse; None if it can, or holds none."""
+    if isinstance(module, nn.Embedding) or not _matrices(module):
+        return None
+    if name.rpartition(".")[2] in architecture.skip:
+        return "is a router or a gate, which stays dense"
+    if _offloaded(module):
+        return (
+            "is offloaded by accelerate: its whole weight is copied for every token, so skipping "
+            "channels saves nothing; a device_map without cpu or disk makes it sparse"
+        )
+    if not is_linear(module, architecture):
+        shapes = ", ".join(n for n in _matrices(module))
+        return (
+            f"is a {type(module).__module__}.{type(module).__qualname__}, which keeps {shapes} "
+            "itself: wina reads plain nn.Linear projections"
+        )
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if weight.is_meta:
+        return "is on the meta device: load the weights before calibrating or patching"
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        return (
+            f"holds a {type(weight).__name__} of {weight.dtype}: quantized weights of another "
+            "library cannot be patched; load the model unquantized"
+        )
+    return None
+
+
+def _offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the weights to the device before every call (and no longer)."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
+
+
+def _matrices(module: nn.Module) -> dict[str, int]:
+    """Name and shape → elements of a module's own matrices, whether parameters or buffers."""
+    return {
+        f"{name} {tuple(value.shape)}": value.numel()
+        for name, value in module.named_parameters(recurse=False)
+        if value.dim() >= 2
+    }
 
 
 def _observe_inputs(

@@ -57,6 +57,8 @@ OPERATORS = (
     "sparse_group",
     "sparse_linear_quantized",
     "sparse_gate_up_quantized",
+    "dense_linear_rows",
+    "dense_linear_rows_quantized",
     "topk_scale",
     "mean_scale",
 )

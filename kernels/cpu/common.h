@@ -1,4 +1,4 @@
-// What the native kernels share: constants, vectors, the list of kept rows, activations, and the
+// What the native kernels share: constants, the list of kept rows, activations, and the
 // checks of arguments. See sparse.cpp for the scheme.
 
 #pragma once
@@ -22,12 +22,9 @@
 #include <cstring>
 #include <optional>
 #include <string>
-#include <type_traits>
 #include <vector>
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace wina {
 namespace {
@@ -51,21 +48,6 @@ constexpr int64_t kMaxTokensFloat = 32;
 constexpr int64_t kMaxTokensHalf = 128;
 constexpr int64_t kCopyColumns = 1024;  // columns of a 16-bit weight copied at a time
 constexpr int64_t kLine = 64;  // bytes of a cache line
-
-// ------------------------------------------------------------------------------------ vectors
-
-// GCC and Clang lower these to whatever the machine has (AVX2, AVX-512, NEON, SSE2).
-constexpr int kLanes = 8;
-typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
-typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-
-inline Floats load(const float* p) {
-  Floats v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 // ----------------------------------------------------------------------------------- the mask
 

@@ -7,65 +7,50 @@
 // Threads meet at group boundaries and a column adds its rows in list order: results are
 // bit-identical for any number of threads.
 
-#include "common.h"
+#include "integers.h"
 
 namespace wina {
 namespace {
 
-constexpr int64_t kColumns = 128;  // of a group: one scale a row
 constexpr int kTokens = 4;  // tokens that share a widened weight
 static_assert(kGroup == kLanes, "the coefficients of a group of rows are one vector");
 
-typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
-typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-
-inline Floats to_floats(Integers v) { return __builtin_convertvector(v, Floats); }
-
-// What differs between the formats: bytes of a group of columns, and the product of some rows with
-// it. add<TT>(rows, bytes, c, acc, stride): acc[t][columns] += sum of c[t][r] * row r, where the last
-// group of a row has fewer bytes.
-struct Int8 {
-  static constexpr int64_t kBits = 8, kBytes = kColumns;
-
-  template <int TT>
-  static void add(const int8_t* const* rows, int64_t bytes, const Floats* c, float* acc,
-                  int64_t stride) {
-    constexpr int P = TT <= 2 ? 4 : 2;  // vectors of columns side by side
-    for (int64_t v = 0; v < bytes / kLanes; v += P) {
-      Floats a[TT][P];
-      for (int t = 0; t < TT; ++t)
-        for (int p = 0; p < P; ++p) a[t][p] = load(acc + t * stride + (v + p) * kLanes);
+// The product of a group of rows with a group of columns: acc[t][columns] += sum of
+// c[t][r] * row r. The last group of a row may have fewer bytes.
+template <int TT>
+void add(Int8, const int8_t* const* rows, int64_t bytes, const Floats* c, float* acc,
+         int64_t stride) {
+  constexpr int P = TT <= 2 ? 4 : 2;  // vectors of columns side by side
+  for (int64_t v = 0; v < bytes / kLanes; v += P) {
+    Floats a[TT][P];
+    for (int t = 0; t < TT; ++t)
+      for (int p = 0; p < P; ++p) a[t][p] = load(acc + t * stride + (v + p) * kLanes);
 #pragma GCC unroll 8
-      for (int r = 0; r < kGroup; ++r)
+    for (int r = 0; r < kGroup; ++r)
 #pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) {
-          Bytes b;
-          std::memcpy(&b, rows[r] + (v + p) * kLanes, sizeof b);
-          const Floats w = __builtin_convertvector(b, Floats);
+      for (int p = 0; p < P; ++p) {
+        const Floats w = load_bytes(rows[r] + (v + p) * kLanes);
 #pragma GCC unroll 4
-          for (int t = 0; t < TT; ++t) a[t][p] += c[t][r] * w;
-        }
-      for (int t = 0; t < TT; ++t)
-        for (int p = 0; p < P; ++p) store(acc + t * stride + (v + p) * kLanes, a[t][p]);
-    }
+        for (int t = 0; t < TT; ++t) a[t][p] += c[t][r] * w;
+      }
+    for (int t = 0; t < TT; ++t)
+      for (int p = 0; p < P; ++p) store(acc + t * stride + (v + p) * kLanes, a[t][p]);
   }
+}
 
-  static float value(const int8_t* group, int64_t column) { return group[column]; }
-};
-
-struct Int4 {
-  static constexpr int64_t kBits = 4, kBytes = kColumns / 2;
-
-  // Nibble p of 16 words, without shifting it down: q + 8 times 16^p, which the coefficient makes
-  // up for. Only the last nibble is shifted, to keep it off the sign bit.
-  template <int TT, int p>
-  static void add_nibble(const int8_t* const* rows, const Floats* c, const Floats* offset,
-                         float* acc, int64_t stride) {
-    constexpr int shift = p == 7 ? 4 : 0, at = 4 * p - shift;
-    constexpr float unit = 1.0f / static_cast<float>(int64_t{1} << at);
+template <int TT>
+void add(Int4, const int8_t* const* rows, int64_t, const Floats* c, float* acc, int64_t stride) {
+  Floats offset[TT];
+  for (int t = 0; t < TT; ++t) {
+    float sum = 0.0f;
+    for (int r = 0; r < kGroup; ++r) sum += c[t][r];
+    offset[t] = Floats{} + 8.0f * sum;
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < kNibbles; ++p) {
     Floats a[TT][2], scaled[TT];
     for (int t = 0; t < TT; ++t) {
-      scaled[t] = c[t] * unit;
+      scaled[t] = c[t] * nibble_unit(p);
       for (int half = 0; half < 2; ++half)
         a[t][half] = load(acc + t * stride + 16 * p + half * kLanes) - offset[t];
     }
@@ -73,12 +58,7 @@ struct Int4 {
     for (int r = 0; r < kGroup; ++r)
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        Words words;
-        std::memcpy(&words, rows[r] + half * sizeof words, sizeof words);
-        const Words bits = (words >> shift) & (15u << at);
-        Integers q;
-        std::memcpy(&q, &bits, sizeof q);
-        const Floats w = to_floats(q);
+        const Floats w = load_nibbles(rows[r] + half * sizeof(Words), p);
 #pragma GCC unroll 4
         for (int t = 0; t < TT; ++t) a[t][half] += scaled[t][r] * w;
       }
@@ -86,41 +66,10 @@ struct Int4 {
       for (int half = 0; half < 2; ++half)
         store(acc + t * stride + 16 * p + half * kLanes, a[t][half]);
   }
-
-  template <int TT>
-  static void add(const int8_t* const* rows, int64_t, const Floats* c, float* acc, int64_t stride) {
-    Floats offset[TT];
-    for (int t = 0; t < TT; ++t) {
-      float sum = 0.0f;
-      for (int r = 0; r < kGroup; ++r) sum += c[t][r];
-      offset[t] = Floats{} + 8.0f * sum;
-    }
-    add_nibble<TT, 0>(rows, c, offset, acc, stride);
-    add_nibble<TT, 1>(rows, c, offset, acc, stride);
-    add_nibble<TT, 2>(rows, c, offset, acc, stride);
-    add_nibble<TT, 3>(rows, c, offset, acc, stride);
-    add_nibble<TT, 4>(rows, c, offset, acc, stride);
-    add_nibble<TT, 5>(rows, c, offset, acc, stride);
-    add_nibble<TT, 6>(rows, c, offset, acc, stride);
-    add_nibble<TT, 7>(rows, c, offset, acc, stride);
-  }
-
-  static float value(const int8_t* group, int64_t column) {
-    const int64_t word = column % 16, nibble = column / 16;
-    const auto byte = static_cast<uint8_t>(group[4 * word + nibble / 2]);
-    return static_cast<float>((nibble % 2 ? byte >> 4 : byte & 15) - 8);
-  }
-};
+}
 
 // One projection's checked arguments.
-struct Quantized : Vectors {
-  Tensor packed;  // [K, row bytes] int8
-  Tensor scales;  // [K, scales of a row] bfloat16
-  int64_t columns;
-  int64_t bits;
-
-  int64_t groups() const { return (columns + kColumns - 1) / kColumns; }
-};
+struct Quantized : Vectors, Packed {};
 
 // acc[t][0 .. groups * kColumns) = the product of the kept rows with the groups of columns from
 // `first` on.
@@ -159,50 +108,14 @@ void accumulate(const KeptRows& rows, int tokens, const Quantized& q, int64_t fi
             c[t][r] = rows.coef[(k + r) * tokens + t0 + t] * scale[r];
         float* a = acc + t0 * width + g * kColumns;
         switch (count) {
-          case 1: Format::template add<1>(row, bytes, c, a, width); break;
-          case 2: Format::template add<2>(row, bytes, c, a, width); break;
-          case 3: Format::template add<3>(row, bytes, c, a, width); break;
-          default: Format::template add<4>(row, bytes, c, a, width); break;
+          case 1: add<1>(Format{}, row, bytes, c, a, width); break;
+          case 2: add<2>(Format{}, row, bytes, c, a, width); break;
+          case 3: add<3>(Format{}, row, bytes, c, a, width); break;
+          default: add<4>(Format{}, row, bytes, c, a, width); break;
         }
       }
     }
   }
-}
-
-template <class F>
-void with_format(int64_t bits, const F& f) {
-  if (bits == Int8::kBits)
-    f(Int8{});
-  else
-    f(Int4{});
-}
-
-// Columns of the groups [first, first + count) as float32 [K, count * kColumns].
-Tensor dequantized(const Quantized& q, int64_t first, int64_t count) {
-  const int64_t K = q.packed.size(0), row_bytes = q.packed.size(1), row_scales = q.scales.size(1);
-  const int64_t width = count * kColumns;
-  Tensor w = at::empty({K, width}, q.packed.options().dtype(at::kFloat));
-  float* out = w.mutable_data_ptr<float>();
-  const int8_t* packed = q.packed.const_data_ptr<int8_t>();
-  const at::BFloat16* scales = q.scales.const_data_ptr<at::BFloat16>();
-  with_format(q.bits, [&](auto format) {
-    using Format = decltype(format);
-    const int64_t grain = std::max<int64_t>(1, kSerialBytes / width);
-    at::parallel_for(0, K, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j)
-        for (int64_t g = 0; g < count; ++g) {
-          const int64_t at = (first + g) * Format::kBytes;
-          const float scale = static_cast<float>(scales[j * row_scales + first + g]);
-          // The last group of 8-bit columns may end at half of its bytes.
-          const int64_t columns = std::min(kColumns, (row_bytes - at) * 8 / Format::kBits);
-          float* to = out + j * width + g * kColumns;
-          for (int64_t n = 0; n < columns; ++n)
-            to[n] = scale * Format::value(packed + j * row_bytes + at, n);
-          std::fill(to + columns, to + kColumns, 0.0f);
-        }
-    });
-  });
-  return w;
 }
 
 // Calls f(first group, groups) for tiles that cover all columns, over torch's threads.
@@ -286,7 +199,7 @@ void gate_up_fast(const Tensor& x, int64_t all_tokens, const Quantized& gate, co
 Tensor columns(const Tensor& masked_x, const Quantized& q, at::ScalarType dtype, int64_t first,
                int64_t width) {
   const int64_t groups = (width + kColumns - 1) / kColumns;
-  const Tensor w = dequantized(q, first / kColumns, groups).narrow(1, 0, width).to(dtype);
+  const Tensor w = dequantized(q, 0, q.packed.size(0), first / kColumns, groups).narrow(1, 0, width).to(dtype);
   const Tensor x = masked_x.to(dtype);
   if (!q.bias.defined()) return at::mm(x, w);
   return at::addmm(q.bias.narrow(0, first, width).to(dtype), x, w);
@@ -295,27 +208,8 @@ Tensor columns(const Tensor& masked_x, const Quantized& q, at::ScalarType dtype,
 Quantized check(const char* op, const char* prefix, const Tensor& x, int64_t tokens,
                 const Tensor& packed, const Tensor& scales, int64_t N, int64_t bits,
                 const Tensor& threshold, const OptionalTensor& bias, const OptionalTensor& scale) {
-  const int64_t K = x.size(-1), groups = (N + kColumns - 1) / kColumns;
-  TORCH_CHECK(bits == Int8::kBits || bits == Int4::kBits, op, ": bits must be 8 or 4, got ", bits);
-  const int64_t line = kLine * 8 / bits, row_bytes = (N + line - 1) / line * kLine;
-  TORCH_CHECK(packed.dim() == 2 && packed.size(0) == K && packed.size(1) == row_bytes &&
-                  packed.scalar_type() == at::kChar && packed.is_contiguous() && packed.is_cpu(),
-              op, ": ", prefix, "packed of ", N, " columns in ", bits, " bits must be [", K, ", ",
-              row_bytes, "] int8, contiguous, on the CPU; got ", packed.sizes(), " ",
-              packed.scalar_type());
-  TORCH_CHECK(scales.dim() == 2 && scales.size(0) == K && scales.size(1) == groups + groups % 2 &&
-                  scales.scalar_type() == at::kBFloat16 && scales.is_contiguous() &&
-                  scales.is_cpu(),
-              op, ": ", prefix, "scales of ", N, " columns must be [", K, ", ", groups + groups % 2,
-              "] bfloat16, contiguous, on the CPU; got ", scales.sizes(), " ",
-              scales.scalar_type());
-  Quantized q;
-  static_cast<Vectors&>(q) = check_vectors(op, prefix, x, tokens, N, threshold, bias, scale);
-  q.packed = packed;
-  q.scales = scales;
-  q.columns = N;
-  q.bits = bits;
-  return q;
+  const Packed q = check_packed(op, prefix, x.size(-1), packed, scales, N, bits);
+  return {check_vectors(op, prefix, x, tokens, N, threshold, bias, scale), q};
 }
 
 bool fast(const Tensor& x, int64_t tokens, int64_t N) {

@@ -11,7 +11,12 @@ from torch import nn
 from wina import SparsityPlan, calibrate
 from wina.allocation import Measurements
 
-SPECS = ("fisher:tokens=128", "greedy:step=0.2:tokens=64")
+SPECS = (
+    "fisher:tokens=128",
+    "greedy:step=0.2:tokens=64",
+    "block-error:step=0.5:tokens=64",
+    "growing:step=0.5:tokens=64",
+)
 
 
 def plan(
@@ -39,8 +44,9 @@ def test_shared_measurements_give_what_single_ones_give(
     def fail(*_: object) -> None:
         raise AssertionError("measured again")
 
-    for name in ("fisher.loss_changes", "greedy.visit_blocks"):
-        monkeypatch.setattr(f"wina.allocation.{name}", fail)
+    monkeypatch.setattr("wina.allocation.fisher.loss_changes", fail)
+    for policy in ("greedy", "block_error", "growing"):
+        monkeypatch.setattr(f"wina.allocation.{policy}.visit_blocks", fail)
     again = Measurements(0.7, tmp_path, {"model": "m"})  # a run that goes on
     second = shares(plan(llama, 0.7, again, allocation=spec, selector="topk"))
     for found, wanted in ((first, single[0.3]), (second, single[0.7])):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wina.allocation.curves import Curve
 from wina.allocation.measurements import Measurements
 from wina.needs import Needs
 from wina.projections import Projection
@@ -69,6 +70,17 @@ class Problem:
         if self.measurements is None:
             return measure()
         return self.measurements.get({**self.about, **about}, measure)
+
+    def curves(self, measure: Callable[[], Sequence[Curve]], **about: Any) -> list[Curve]:
+        """Likewise for sensitivity curves."""
+        measured = self.measured(
+            lambda: [[curve.name, curve.weights, list(curve.points)] for curve in measure()],
+            **about,
+        )
+        return [
+            Curve(name, weights, [(sparsity, loss) for sparsity, loss in points])
+            for name, weights, points in measured
+        ]
 
     def by_projection(self, sparsities: Mapping[str, float]) -> dict[str, float]:
         """Sparsity of each projection, from that of each unit."""

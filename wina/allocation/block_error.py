@@ -34,6 +34,13 @@ class BlockError(Allocation):
 
     def allocate(self, problem: Problem) -> Mapping[str, float]:
         """Measure every curve, then solve over all of them."""
+        curves = problem.curves(
+            lambda: self._curves(problem),
+            policy="block-error", step=self.step, most=self.most, tokens=self.tokens,
+        )  # fmt: skip
+        return spend(curves, problem.sparsity, self.most)
+
+    def _curves(self, problem: Problem) -> list[Curve]:
         curves: list[Curve] = []
         grid = sparsity_grid(self.step, self.most)
 
@@ -45,4 +52,4 @@ class BlockError(Allocation):
                 curves.append(Curve(unit.name, unit.weights, points))
 
         visit_blocks(problem, problem.tokens(self.tokens), visit, "output error of blocks")
-        return spend(curves, problem.sparsity, self.most)
+        return curves

@@ -48,17 +48,10 @@ class Fisher(Allocation):
     def allocate(self, problem: Problem) -> Mapping[str, float]:
         """Solve on the curves of the dense model, then on the corrected ones."""
         windows = problem.tokens(self.tokens)
-        measured = problem.measured(
-            lambda: [
-                [curve.name, curve.weights, list(curve.points)]
-                for curve in self._dense_curves(problem, windows)
-            ],
-            curves="fisher", step=self.step, most=self.most, tokens=self.tokens,
+        curves = problem.curves(
+            lambda: self._dense_curves(problem, windows),
+            policy="fisher", step=self.step, most=self.most, tokens=self.tokens,
         )  # fmt: skip
-        curves = [
-            Curve(name, weights, [(s, loss) for s, loss in points])
-            for name, weights, points in measured
-        ]
         found = spend(curves, problem.sparsity, self.most)
         for _ in range(self.rounds - 1):
             curves = self._corrected(problem, curves, found, windows)

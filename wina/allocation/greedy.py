@@ -41,7 +41,7 @@ class Greedy(Allocation):
     def allocate(self, problem: Problem) -> Mapping[str, float]:
         """Every block by itself, with the budget of the model."""
         paths = problem.measured(
-            lambda: self._paths(problem), steps="greedy", step=self.step, tokens=self.tokens,
+            lambda: self._paths(problem), policy="greedy", step=self.step, tokens=self.tokens,
             most=self.most, reach=problem.reach,
         )  # fmt: skip
         weights = {unit.name: unit.weights for unit in problem.units}

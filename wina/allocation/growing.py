@@ -36,25 +36,37 @@ class Growing(Allocation):
 
     def allocate(self, problem: Problem) -> Mapping[str, float]:
         """A curve for each block, solved over all blocks, then made to grow."""
+        curves = problem.curves(
+            lambda: self._curves(problem),
+            policy="growing", step=self.step, most=self.most, tokens=self.tokens,
+        )  # fmt: skip
+        blocks: dict[str, list[str]] = {curve.name: [] for curve in curves}
+        for unit in problem.units:
+            blocks[str(unit.projections[0].block)].append(unit.name)
+        budgets = spend(curves, problem.sparsity, self.most)
+        growing = non_decreasing(
+            [budgets[curve.name] for curve in curves], [curve.weights for curve in curves]
+        )
+        return {
+            name: budget
+            for names, budget in zip(blocks.values(), growing, strict=True)
+            for name in names
+        }
+
+    def _curves(self, problem: Problem) -> list[Curve]:
+        """A curve for each block, named by its number."""
         curves: list[Curve] = []
-        units: list[Sequence[str]] = []
         grid = sparsity_grid(self.step, self.most)
 
         def visit(block: Block) -> None:
             names = [unit.name for unit in block.units]
             errors = block.relative_errors(dict.fromkeys(names, s) for s in grid)
             points = [(0.0, 0.0), *zip(grid, errors, strict=True)]
-            curves.append(Curve(str(len(curves)), block.weights, points))
-            units.append(names)
+            number = block.units[0].projections[0].block
+            curves.append(Curve(str(number), block.weights, points))
 
         visit_blocks(problem, problem.tokens(self.tokens), visit, "output error of blocks")
-        budgets = spend(curves, problem.sparsity, self.most)
-        growing = non_decreasing(
-            [budgets[curve.name] for curve in curves], [curve.weights for curve in curves]
-        )
-        return {
-            name: budget for names, budget in zip(units, growing, strict=True) for name in names
-        }
+        return curves
 
 
 def non_decreasing(values: Sequence[float], weights: Sequence[float]) -> list[float]:
