@@ -42,7 +42,11 @@ def test_greedy_decoding_is_that_of_generate(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi3", "granite"])
-@pytest.mark.parametrize("settings", [{}, {"weight_dtype": "int8"}, {"selector": "topk"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"weight_dtype": "int8"}, {"selector": "topk"}, {"correction": "bias"}],
+    ids=str,
+)
 def test_sparse_logits_are_those_of_the_model(name: str, settings: dict[str, str]) -> None:
     model = tiny_model(name)
     sparsify(model, 0.5, **settings)
@@ -87,6 +91,13 @@ def test_a_layer_that_computes_something_else_is_not_trusted(llama: nn.Module) -
         wina.decode(llama, PROMPT, max_new_tokens=5, eos_token_id=None).tokens,
         generated(llama, PROMPT, 5, eos_token_id=None),
     )
+
+
+def test_a_correction_without_an_instruction_falls_back(llama: nn.Module) -> None:
+    sparsify(llama, 0.5, correction="low-rank")
+    engine = choose_engine(llama)
+    assert "low-rank" in engine.reason
+    assert not isinstance(engine, Trimmed)
 
 
 def test_several_sequences_with_padding(llama: nn.Module) -> None:

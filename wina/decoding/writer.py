@@ -196,8 +196,8 @@ class _Writer:
             operands = [
                 part
                 for projection, scale in zip(projections, "stu", strict=True)
-                for part in (_k_major(projection), self._threshold(projection), _bias(projection),
-                             self._scale(projection, x, scale))
+                for part in (_k_major(projection), self._threshold(projection),
+                             self._bias(projection), self._scale(projection, x, scale))
             ]  # fmt: skip
             self.program.emit("group_of_three", names[0], x, *operands)
             return list(names)
@@ -226,7 +226,7 @@ class _Writer:
             return self.program.emit(
                 "dense", out, x, linear.weight.detach(), _bias(linear), residual
             )
-        tail = (self._threshold(linear), _bias(linear), self._scale(linear, x, "s"), residual)
+        tail = (self._threshold(linear), self._bias(linear), self._scale(linear, x, "s"), residual)
         if isinstance(linear, QuantizedSparseLinear):
             return self.program.emit(
                 "sparse_integers", out, x, linear.packed, linear.scales, linear.out_features,
@@ -238,7 +238,8 @@ class _Writer:
         self, out: str, x: str, gate: SparseLinear, up: SparseLinear, activation: int
     ) -> None:
         tail = (
-            self._threshold(gate), self._threshold(up), activation, _bias(gate), _bias(up),
+            self._threshold(gate), self._threshold(up), activation,
+            self._bias(gate), self._bias(up),
             self._scale(gate, x, "s"), self._scale(up, x, "t"),
         )  # fmt: skip
         if isinstance(gate, QuantizedSparseLinear) and isinstance(up, QuantizedSparseLinear):
@@ -253,6 +254,16 @@ class _Writer:
         threshold = linear.threshold
         self.keep_all.setdefault(id(threshold), torch.full_like(threshold, -1.0))
         return threshold
+
+    def _bias(self, linear: SparseLinear) -> Tensor | None:
+        """The bias of a sparse product: a correction's shift is in it, and not in its stand-in."""
+        if linear.left is not None:
+            raise UnrecognisedError("no instruction for a low-rank correction")
+        bias, shifted = _bias(linear), linear.sparse_bias
+        if shifted is None:
+            return bias
+        self.keep_all[id(shifted)] = torch.zeros_like(shifted) if bias is None else bias
+        return shifted
 
     def _scale(self, linear: SparseLinear, x: str, out: str) -> str | None:
         scale = _SCALES.get(type(linear.selector))
