@@ -15,7 +15,9 @@ from wina.testing import random_tokens, tiny_model, tiny_tokenizer
 
 # Longer than the sliding windows of the tiny models (64 tokens).
 PROMPT = random_tokens(70, seed=2)[None]
-FALLBACKS = {"starcoder2", "gpt_neox", "cohere", "falcon"}
+FALLBACKS = {
+    "starcoder2", "gpt_neox", "cohere", "falcon", "mixtral", "qwen3_moe", "olmoe", "gpt_oss",
+}  # fmt: skip
 
 
 def generated(model, prompt: Tensor, count: int, **options) -> Tensor:
