@@ -62,10 +62,12 @@ def test_torch_dense(
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("operator", list(OPERATORS))
+@pytest.mark.parametrize(
+    ("operator", "sparsity"),
+    [(name, s) for name in OPERATORS for s in OPERATORS[name].sparsities(SPARSITIES)],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", [name for name in backends() if name != "reference"])
-@pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_sparse(
     benchmark: Any, shape: tuple[int, int], dtype: str, operator: str, backend: str,
     sparsity: float, effort: Effort,

@@ -96,7 +96,8 @@ def test_methods_choose_different_channels(llama: nn.Module) -> None:
     patterns = {
         m: tuple((layer.threshold / layer.threshold.mean()).tolist()) for m, layer in first.items()
     }
-    assert len(set(patterns.values())) == len(patterns)
+    # Methods that differ in what they add to a sparse product choose the same channels.
+    assert len(set(patterns.values())) == len({METHODS[m].criterion for m in CHEAP_METHODS}) > 3
 
 
 @pytest.mark.parametrize("method", ["wina", "random"])

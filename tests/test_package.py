@@ -28,7 +28,7 @@ def test_public_names() -> None:
     import wina
 
     assert set(wina.__all__) == {
-        "SparsityConfig", "SparsityPlan", "WinaConfig", "WinaError", "calibrate", "dense",
+        "SparsityConfig", "SparsityPlan", "WinaConfig", "WinaError", "calibrate", "decode", "dense",
         "inspect", "restore", "rotate", "sparsify", "unrotate",
     }  # fmt: skip
 

@@ -107,7 +107,8 @@ class Inspection:
         text = StringIO()
         Console(file=text, width=200, color_system=None).print(table)
         weights = sum(row.weight_bytes for row in self.rows)
-        extra = f"; corrections, rotations: {self.extra_bytes / max(weights, 1):.2%} of the weights"
+        share = self.extra_bytes / max(weights, 1)
+        extra = f"; corrections and rotations read {share:.2%} of the weights"
         return (
             f"{text.getvalue()}realised over the model: {self.realised:.3f} of projection weights "
             f"skipped by a decoded token (on calibration text); share of prefill tokens that are "

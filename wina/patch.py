@@ -323,7 +323,7 @@ def restore(model: nn.Module) -> None:
     patch = patch_of(model)
     patch.undo()
     for name in patch.attributes:
-        del model.__dict__[name]
+        model.__dict__.pop(name, None)
     del model.__dict__[_ATTRIBUTE]
 
 

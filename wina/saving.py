@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,8 +34,9 @@ QUANT_METHOD = "wina"
 def saves_with_plan(model: nn.Module) -> None:
     """Let ``model.save_pretrained`` write the plan as well, until the model is restored."""
     if hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = MethodType(_save_pretrained, model)
         patch_of(model).attributes.append("save_pretrained")
+        # A partial, since a bound method would be pickled by a name that the model does not have.
+        model.__dict__["save_pretrained"] = partial(_save_pretrained, model)
 
 
 def quantization_config(plan: SparsityPlan) -> dict[str, Any]:

@@ -30,6 +30,9 @@ from wina.kernels.ops import OPERATORS, Operator
 from wina.kernels.quantization import FORMATS, format_of, scales_of
 
 EDGES = {"end": 1, "start": 2}
+# A decode step wants a program; the products in it are the operators called here, its norms, rotary
+# embedding and attention are held against float64 only (tests/kernels/test_decode_step.py).
+CALLED = [name for name in OPERATORS if name != "decode_step"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SPECIAL = (math.nan, math.inf, -math.inf, -0.0, 1e-41, 3e4, -1e4)
 THRESHOLDS = (-1.0, 0.0, -0.0, 1e-41, math.inf, math.nan)
@@ -192,7 +195,7 @@ def run(calls: int, seed: int, threads: int) -> dict[str, int]:
     """Call every operator ``calls`` times; operator → calls made."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    for name in OPERATORS:
+    for name in CALLED:
         operator = OPERATORS[name]
         call = getattr(torch.ops.wina, name).default
         for _ in range(calls):
@@ -202,7 +205,7 @@ def run(calls: int, seed: int, threads: int) -> dict[str, int]:
             got = call(**arguments)
             if not draw.special:
                 compare(operator, arguments, got, draw.dtype)
-    return dict.fromkeys(OPERATORS, calls)
+    return dict.fromkeys(CALLED, calls)
 
 
 def signal_of_reading_outside(edge: str) -> int:

@@ -312,8 +312,9 @@ def _check_shared(model: nn.Module, reads: Reads) -> None:
             )
     if reads.other_norms:
         raise UnsupportedModelError(
-            f"{reads.other_norms[0]} normalises what a block adds to the residual stream: its "
-            "weight cannot be folded into a projection. Use a rotation without shared=1."
+            f"{reads.other_norms[0]} normalises what a block adds to the residual stream or feeds "
+            "fused experts: its weight cannot be folded into a projection. Use a rotation without "
+            "shared=1."
         )
 
 
