@@ -21,8 +21,10 @@ install: $(VENV)/.installed ## make .venv and install wina with all that its tes
 demo: install ## dense, TEAL and WINA on a real model: quality, speed, text and out/demo.png
 	@$(BIN)/wina demo
 
-test: install ## all quick tests (no downloads of models)
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not vllm'
+# Tests are small: a process for each of two cores, one thread each, beats two threads by far.
+WORKERS ?= 2
+test: install ## all quick tests (no downloads of models); WORKERS=8 on a larger machine
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu and not vllm' -n $(WORKERS)
 
 test-slow: install ## tests on the real demo models, fetched on first use
 	$(BIN)/python -m pytest -m 'slow and not gpu'

@@ -13,12 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_quick_mode_runs(tmp_path: Path) -> None:
     written = tmp_path / "now.json"
+    # Within a worker of pytest-xdist pytest-benchmark would measure nothing.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     answer = subprocess.run(
         [sys.executable, "-m", "pytest", "bench/", "--quick", "--benchmark-only", "-q",
          "-p", "no:cacheprovider", f"--benchmark-json={written}",
          "-k", "192x576 and float32"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert answer.returncode == 0, answer.stdout + answer.stderr
