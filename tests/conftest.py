@@ -21,8 +21,12 @@ CALIBRATION = random_tokens(2048, seed=1)
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed() -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    left_off = not torch.is_grad_enabled()
+    torch.set_grad_enabled(True)  # else tests that come later would fail in this one's place
+    assert not left_off, "gradients were left switched off"
 
 
 @pytest.fixture
