@@ -69,7 +69,7 @@ def fail_at(
     except error:
         return
     finally:
-        # Between the head of `with torch.no_grad()` and its __exit__ nobody can clean up: see above.
+        # Between the head of a `with torch.no_grad()` and its __exit__ nobody can clean up.
         torch.set_grad_enabled(gradients)
     raise AssertionError(f"there was no step {step}, or its error was swallowed")
 
