@@ -64,14 +64,14 @@ def recognise_gated_mlp(module: nn.Module) -> GatedMLP | None:
 def recognise_activation(function: Callable[[Tensor], Tensor]) -> str | None:
     """The kernels' name of an elementwise function, found by comparing values; None if unknown."""
     x = torch.linspace(-6.0, 6.0, 49)
-    with torch.no_grad():
-        try:
+    try:
+        with torch.no_grad():
             y = function(x)
-        except (RuntimeError, TypeError):
-            return None
-        for name, known in ACTIVATIONS.items():
-            if isinstance(y, Tensor) and torch.allclose(y, known(x), rtol=1e-5, atol=1e-6):
-                return name
+    except (RuntimeError, TypeError):
+        return None
+    for name, known in ACTIVATIONS.items():
+        if isinstance(y, Tensor) and torch.allclose(y, known(x), rtol=1e-5, atol=1e-6):
+            return name
     return None
 
 
