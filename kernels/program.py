@@ -258,6 +258,23 @@ step: Callable[..., Tensor] = ops.define(
 )
 
 
+def bind(
+    code: Tensor,
+    numbers: Tensor,
+    constants: Sequence[Tensor],
+    caches: Sequence[Tensor],
+    outputs: int,
+) -> Callable[[int, int, Tensor | None], Tensor]:
+    """A native program with all but token, position and times given, arguments as of a step.
+
+    Hundreds of tensors that a step takes from a Python list cost it some 0.3 ms a token.
+    :func:`wina.kernels.cpu.load` must have succeeded.
+    """
+    bound = torch.classes.wina.BoundStep(code, numbers, list(constants), list(caches), outputs)
+    run: Callable[[int, int, Tensor | None], Tensor] = bound.run
+    return run
+
+
 @dataclass(frozen=True)
 class Cache:
     """The number of a cache, as an operand."""

@@ -75,13 +75,22 @@ void select_rows(KeptRows& rows, const T* x, int64_t K, int tokens, const float*
   float* coef = rows.coef.data();
   int64_t count = 0;
   if (tokens == 1) {
+    // In blocks: first what is done in vectors, then, branch-free, a list: always write, advance
+    // only when kept.
     const float s = scale ? scale[0] : 1.0f;
-    // Branch-free: always write, advance only when kept.
-    for (int64_t j = 0; j < K; ++j) {
-      const float v = static_cast<float>(x[j]);
-      index[count] = static_cast<int32_t>(j);
-      coef[count] = v;
-      count += !(std::fabs(v) <= cutoff(threshold[j], s));
+    constexpr int64_t block = 128;
+    float wide[block];
+    int32_t keep[block];
+    for (int64_t first = 0; first < K; first += block) {
+      const int64_t n = std::min(block, K - first);
+      for (int64_t i = 0; i < n; ++i) wide[i] = static_cast<float>(x[first + i]);
+      for (int64_t i = 0; i < n; ++i)
+        keep[i] = !(std::fabs(wide[i]) <= cutoff(threshold[first + i], s));
+      for (int64_t i = 0; i < n; ++i) {
+        index[count] = static_cast<int32_t>(first + i);
+        coef[count] = wide[i];
+        count += keep[i];
+      }
     }
   } else {
     for (int64_t j = 0; j < K; ++j) {

@@ -7,6 +7,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/custom_class.h>
 
 #include <array>
 #include <chrono>
@@ -594,7 +595,31 @@ Tensor decode_step(int64_t token, int64_t position, const Tensor& code, const Te
   return out;
 }
 
+// A program that is run again and again. Python hands its hundreds of tensors over once: to take
+// them out of a list again for each token costs more than all norms together.
+struct BoundStep : torch::CustomClassHolder {
+  BoundStep(Tensor code, Tensor numbers, std::vector<Tensor> constants, std::vector<Tensor> caches,
+            int64_t outputs)
+      : code(std::move(code)), numbers(std::move(numbers)), constants(std::move(constants)),
+        caches(std::move(caches)), outputs(outputs) {}
+
+  Tensor run(int64_t token, int64_t position, const OptionalTensor& times) {
+    return decode_step(token, position, code, numbers, constants, caches, outputs, times);
+  }
+
+  Tensor code, numbers;
+  std::vector<Tensor> constants, caches;
+  int64_t outputs;
+};
+
 }  // namespace
 }  // namespace wina
 
 TORCH_LIBRARY_IMPL(wina, CPU, m) { m.impl("decode_step", TORCH_FN(wina::decode_step)); }
+
+TORCH_LIBRARY_FRAGMENT(wina, m) {
+  m.class_<wina::BoundStep>("BoundStep")
+      .def(torch::init<at::Tensor, at::Tensor, std::vector<at::Tensor>,
+                       std::vector<at::Tensor>, int64_t>())
+      .def("run", &wina::BoundStep::run);
+}

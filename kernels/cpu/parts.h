@@ -23,12 +23,18 @@ struct Part {
   int64_t length;
   int64_t tail;    // then, if it is the last part, what the streams leave over: fewer than kGroup
   int64_t tail_rows;
+  int64_t after;       // what is likely to be read next: after + r * after_step, r < kGroup
+  int64_t after_step;
 };
 
 inline Part part_of(int64_t count, int64_t p) {
-  const int64_t groups = count / kGroup, begin = groups * p / kParts;
-  return {begin * kGroup, groups * (p + 1) / kParts - begin, groups * kGroup,
-          p + 1 == kParts ? count % kGroup : 0};
+  const int64_t groups = count / kGroup;
+  const auto begin = [&](int64_t part) { return groups * part / kParts; };
+  const int64_t tail = groups * kGroup;
+  if (p + 1 == kParts)
+    return {begin(p) * kGroup, groups - begin(p), tail, count % kGroup, tail, 1};
+  const int64_t next = begin(p + 1), length = begin(p + 2) - next;
+  return {begin(p) * kGroup, next - begin(p), tail, 0, next * kGroup, length};
 }
 
 // One product: the kept rows of a weight, and where the sums of its parts are kept.

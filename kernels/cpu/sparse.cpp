@@ -116,14 +116,17 @@ struct FloatWeight {
     for (int t = 0; t < tokens; ++t) std::fill_n(sums + t * stride, width, 0.0f);
     const T* base = data + first * kUnit;
     const bool prefetch = width * static_cast<int64_t>(sizeof(T)) < kShortBytes;
-    const auto add = [&](int64_t at, int64_t step, int count) {
+    const auto row_at = [&](int64_t at) {
+      return base + rows.index[std::min(at, rows.count)] * columns;
+    };
+    const auto add = [&](int64_t at, int64_t step, int count, int64_t next, int64_t next_step) {
       Group<T> g;
       int64_t place[kGroup];
       g.rows = count;
       for (int r = 0; r < count; ++r) {
         place[r] = at + r * step;
-        g.row[r] = base + rows.index[place[r]] * columns;
-        g.next[r] = base + rows.index[place[r] + 1] * columns;
+        g.row[r] = row_at(place[r]);
+        g.next[r] = row_at(next + r * next_step);
       }
       for (int t = 0; t < tokens; t += 4) switch (std::min(tokens - t, 4)) {
           case 1: multiply<T, 1>(g, rows, place, tokens, t, prefetch, width, sums, stride); break;
@@ -132,8 +135,11 @@ struct FloatWeight {
           default: multiply<T, 4>(g, rows, place, tokens, t, prefetch, width, sums, stride); break;
         }
     };
-    for (int64_t i = 0; i < part.length; ++i) add(part.first + i, part.length, kGroup);
-    if (part.tail_rows) add(part.tail, 1, static_cast<int>(part.tail_rows));
+    for (int64_t i = 0; i + 1 < part.length; ++i)
+      add(part.first + i, part.length, kGroup, part.first + i + 1, part.length);
+    if (part.length > 0)
+      add(part.first + part.length - 1, part.length, kGroup, part.after, part.after_step);
+    if (part.tail_rows) add(part.tail, 1, static_cast<int>(part.tail_rows), part.tail, 1);
   }
 
   // Columns [first, first + width) as accumulate() leaves them, in column order.

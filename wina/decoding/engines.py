@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from wina.decoding.tables import look
 from wina.decoding.writer import Program, decoder_of, write_program
 from wina.errors import ConfigError
 from wina.kernels import cpu
-from wina.kernels.program import step
+from wina.kernels.program import bind
 from wina.patch import dense, is_patched, patch_of
 
 # Relative error of logits that two implementations of one model may have.
@@ -99,6 +99,8 @@ class _Ready:
     program: Program
     caches: list[Tensor]
     length: int
+    sparse: Callable[[int, int, Tensor | None], Tensor]
+    dense: Callable[[int, int, Tensor | None], Tensor]
 
 
 class Trimmed(Engine):
@@ -135,18 +137,9 @@ class Trimmed(Engine):
         """Logits [vocabulary] after a token; ``times`` as of a decode step's program."""
         ready = self._ready
         assert ready is not None
-        program = ready.program
         sparse = self._control is None or self._control.enabled
-        logits: Tensor = step(
-            token,
-            self._position,
-            program.code,
-            program.numbers,
-            program.constants if sparse else program.dense_constants,
-            ready.caches,
-            program.outputs,
-            times,
-        )
+        run = ready.sparse if sparse else ready.dense
+        logits = run(token, self._position, times)
         self._position += 1
         return logits
 
@@ -168,7 +161,11 @@ class Trimmed(Engine):
             like.new_zeros(shape.kv_heads, length, shape.head_size, requires_grad=False)
             for shape in program.caches
         ]
-        self._ready = _Ready(program, caches, length)
+        sparse, dense = (
+            bind(program.code, program.numbers, constants, caches, program.outputs)
+            for constants in (program.constants, program.dense_constants)
+        )
+        self._ready = _Ready(program, caches, length, sparse, dense)
 
     def fill(self, layers: Sequence[tuple[Tensor, ...]], count: int) -> None:
         """Take over keys and values of ``count`` tokens, of a window's last ones where it has one.
