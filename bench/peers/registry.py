@@ -125,7 +125,7 @@ PEERS.register("openvino")(
 PEERS.register("transformers")(
     Peer(
         title="transformers",
-        engine="transformers_generate",
+        engine="pytorch",
         forms=MappingProxyType({"f32": "float32", "bf16": "bfloat16"}),
         own_python=True,
         prepare=_folder,
@@ -134,7 +134,7 @@ PEERS.register("transformers")(
 
 OURS = Peer(
     title="wina",
-    engine="transformers_generate",
+    engine="pytorch",
     forms=MappingProxyType({name: WIDTHS[name].dtype for name in WIDTHS}),
     own_python=True,
     prepare=_folder,

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import wina
 from wina.bench.peers import measure
-from wina.bench.peers.engines.transformers_generate import Engine
+from wina.bench.peers.engines.pytorch import Engine
 from wina.bench.peers.measure import Contest, bench_peers
 from wina.bench.peers.process import EngineProcess, PeerError
 from wina.bench.peers.registry import OURS, PEERS, WIDTHS, Peer
