@@ -20,12 +20,16 @@ from wina.kernels import cpu, ops, quantized, reference, triton
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What a backend must know of a layer to accept it."""
+    """What a backend must know of a layer to accept it.
+
+    ``sparsity`` is the share of channels that its calibration drops, 1 where nobody knows.
+    """
 
     device: torch.device
     dtype: torch.dtype
     in_features: int
     out_features: int
+    sparsity: float = 1.0
 
 
 class Backend(ABC):
@@ -37,6 +41,7 @@ class Backend(ABC):
         k_major: whether weights must lie K-major in memory. Every operator takes them as a
             matrix [K, N]; a backend that is not ``k_major`` reads the transposed view of the
             usual [N, K] layout.
+        masked_rows: whether its sparse products are ``dense_linear_rows`` of masked inputs.
         sparse_linear, sparse_gate_up, dense_linear, dense_linear_rows: as in
             :mod:`wina.kernels.reference`.
         sparse_group: likewise, None where products of one hidden state gain nothing by it.
@@ -47,6 +52,7 @@ class Backend(ABC):
     name: str
     device: str | None
     k_major: bool
+    masked_rows: bool = False
     dense_linear: Callable[..., Tensor]
     dense_linear_rows: Callable[..., Tensor]
     sparse_linear: Callable[..., Tensor]
@@ -60,6 +66,10 @@ class Backend(ABC):
     @abstractmethod
     def refuses(self, layer: LayerSpec) -> str | None:
         """Why this backend cannot serve the layer, or None if it can."""
+
+    def pays(self, layer: LayerSpec) -> bool:
+        """Whether the backend is of any use to a layer that it could serve."""
+        return True
 
     def limit(self, layer: LayerSpec) -> str | None:
         """Which calls are a masked dense product all the same, in words; None for no such call."""
@@ -125,6 +135,36 @@ class CpuBackend(Backend):
         return cpu.load()
 
 
+class CpuRowsBackend(CpuBackend):
+    """Dense native products of masked inputs, for layers where skipping rows does not pay.
+
+    They read all of the weight in the layout that it has. Short rows that are skipped one by one
+    defeat the hardware's prefetching, and cost more than they save up to a sparsity that
+    :data:`wina.kernels.cpu.BREAK_EVEN` knows.
+    """
+
+    name = "cpu-rows"
+    k_major = False
+    masked_rows = True
+    dense_linear = staticmethod(cpu.dense_linear_transposed)
+    sparse_linear = staticmethod(cpu.masked_linear_rows)
+    sparse_gate_up = staticmethod(cpu.masked_gate_up_rows)
+
+    def pays(self, layer: LayerSpec) -> bool:
+        """The sparsity is below the break-even of the layer's rows."""
+        return layer.sparsity < self._break_even(layer)
+
+    def limit(self, layer: LayerSpec) -> str | None:
+        """All calls, and why."""
+        return (
+            f"always masked dense: skipping its rows pays from {self._break_even(layer):.0%} on, "
+            f"its sparsity is {layer.sparsity:.0%}"
+        )
+
+    def _break_even(self, layer: LayerSpec) -> float:
+        return cpu.break_even(layer.in_features, layer.out_features, layer.dtype)
+
+
 class ReferenceBackend(Backend):
     """Plain torch: masks x and multiplies densely. Right everywhere, faster nowhere."""
 
@@ -149,7 +189,8 @@ class ReferenceBackend(Backend):
 def backends() -> dict[str, Backend]:
     """Name → backend, the fastest first."""
     return {
-        backend.name: backend for backend in (TritonBackend(), CpuBackend(), ReferenceBackend())
+        backend.name: backend
+        for backend in (TritonBackend(), CpuRowsBackend(), CpuBackend(), ReferenceBackend())
     }
 
 
@@ -161,8 +202,13 @@ class Choice:
     reason: str
 
 
-def choose(layer: LayerSpec, want: str = "auto") -> Choice:
+def choose(layer: LayerSpec, want: str = "auto", k_major: bool | None = None) -> Choice:
     """The fastest backend that accepts the layer, or the one that the user wants.
+
+    Args:
+        layer: to be served.
+        want: name of a backend, or ``"auto"``.
+        k_major: the layout that the weight has for good, if it has; the reference reads any.
 
     Raises:
         UnknownNameError: no backend has that name.
@@ -180,7 +226,12 @@ def choose(layer: LayerSpec, want: str = "auto") -> Choice:
     for backend in known.values():
         if backend.device not in (None, layer.device.type):
             continue
+        if not backend.pays(layer) and k_major is not False:
+            continue
         refusal = backend.refuses(layer)
+        if refusal is None and backend.device and k_major not in (None, backend.k_major):
+            layout = "K-major" if k_major else "row-major"
+            refusal = f"the weight is {layout}; restore and sparsify again"
         if refusal is None:
             reasons = refusals or ["fastest here"]
             limit = backend.limit(layer)

@@ -179,6 +179,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
     "group_of_three": Instruction(
         _group_of_three, (REGISTER, *3 * (CONSTANT, CONSTANT, CONSTANT, REGISTER))
     ),
+    "masked": Instruction(reference.mask_inputs, (REGISTER, CONSTANT, REGISTER)),
 }
 _TABLE = tuple(INSTRUCTIONS.values())
 

@@ -159,7 +159,9 @@ class SparseLinear(nn.Linear):
 
     def _layer(self) -> LayerSpec:
         storage = self.storage
-        return LayerSpec(storage.device, storage.dtype, self.in_features, self.out_features)
+        return LayerSpec(
+            storage.device, storage.dtype, self.in_features, self.out_features, self.sparsity
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [..., S, K] → [..., S, N]; a sequence of one token is a decode step."""
@@ -294,11 +296,8 @@ class SparseLinear(nn.Linear):
 
     def _choose_again(self) -> Choice:
         """The backend after a move or a cast: the weight keeps the layout it was patched with."""
-        choice = choose(self._layer())
-        if choice.backend.k_major and not self.weight.t().is_contiguous():
-            reason = f"{choice.backend.name}: the weight is row-major; restore and sparsify again"
-            return Choice(choose(self._layer(), "reference").backend, reason)
-        return choice
+        want = "reference" if self.control.backend == "reference" else "auto"
+        return choose(self._layer(), want, k_major=self.weight.t().is_contiguous())
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

@@ -124,5 +124,6 @@ def _fuses(gate: SparseLinear, up: SparseLinear, x: Tensor) -> bool:
         and control.sparse_tokens(x) is None
         and gate.one_launch
         and up.one_launch
+        and gate.choice.backend.name == up.choice.backend.name
         and not torch.is_grad_enabled()
     )

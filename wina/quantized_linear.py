@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from wina.corrections import Terms
 from wina.group import scales
-from wina.kernels.dispatch import Choice, choose
+from wina.kernels.dispatch import Choice, LayerSpec, choose
 from wina.kernels.quantization import QuantizedWeight, quantize
 from wina.linear import Control, SparseLinear
 from wina.selectors import Selector
@@ -81,6 +82,10 @@ class QuantizedSparseLinear(SparseLinear):
             self.threshold, up.threshold, activation, self.product_bias, up.product_bias,
             *scales((self, up), x),
         )  # fmt: skip
+
+    def _layer(self) -> LayerSpec:
+        # Integers are K-major whatever the sparsity.
+        return replace(super()._layer(), sparsity=1.0)
 
     def _kernel(self, x: Tensor, scale: Tensor | None) -> Tensor:
         return self.choice.backend.sparse_linear_quantized(

@@ -20,7 +20,7 @@ namespace {
 // The numbering of INSTRUCTIONS in kernels/program.py.
 enum class Op : int64_t {
   embed, rms_norm, dense, sparse, sparse_integers, gate_up, gate_up_integers, gated, slice, attend,
-  add, logits, mean_scale, topk_scale, group_of_three
+  add, logits, mean_scale, topk_scale, group_of_three, masked
 };
 
 constexpr const char* kActivations[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2"};
@@ -415,6 +415,7 @@ class Machine {
         return f.call(x, threshold, next());
       }
       case Op::group_of_three: return group_of_three(out);
+      case Op::masked: return masked();
     }
     TORCH_CHECK(false, "wina::decode_step: no instruction ", static_cast<int64_t>(op));
   }
@@ -435,6 +436,29 @@ class Machine {
     registers_[out + 1] = std::move(ys[1]);
     registers_[out + 2] = std::move(ys[2]);
     return std::move(ys[0]);
+  }
+
+  Tensor masked() {
+    const Tensor &x = reg(), &threshold = constant();
+    const OptionalTensor scale = optional_reg();
+    TORCH_CHECK(threshold.numel() == x.numel() && threshold.scalar_type() == at::kFloat &&
+                    threshold.is_contiguous() && x.is_contiguous() &&
+                    (!scale.has_value() || (scale->numel() == 1 && scale->scalar_type() == at::kFloat)),
+                "wina::decode_step: masked of ", x.sizes(), " by float32 thresholds ",
+                threshold.sizes(), " ", threshold.scalar_type());
+    Tensor out = at::empty(x.sizes(), x.options());
+    const float* limit = threshold.const_data_ptr<float>();
+    const float s = scale.has_value() ? *scale->const_data_ptr<float>() : 1.0f;
+    with_type(x, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      const T* from = x.const_data_ptr<T>();
+      T* to = out.mutable_data_ptr<T>();
+      for (int64_t i = 0; i < out.numel(); ++i) {
+        const float v = static_cast<float>(from[i]);
+        to[i] = std::fabs(v) <= cutoff(limit[i], s) ? T(0) : from[i];
+      }
+    });
+    return out;
   }
 
   Tensor embed() {

@@ -8,7 +8,7 @@ from operator_cases import DTYPES
 from torch import Tensor
 
 from wina.kernels import cpu
-from wina.kernels.program import Builder, Cache, attend, decode_step, rms_norm, step
+from wina.kernels.program import Builder, Cache, attend, bind, decode_step, rms_norm, step
 
 
 def run(
@@ -84,6 +84,39 @@ def test_rms_norm(n: int, runs: int, offset: float, dtype: torch.dtype) -> None:
         got = run(builder, [], 0, n * runs, native)
         assert (got - want).abs().max() <= torch.finfo(dtype).eps * want.abs().max() + 1e-6
     assert torch.equal(rms_norm(x, weight, 1e-5, offset).float(), got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_masked(dtype: torch.dtype, scaled: bool) -> None:
+    x = torch.tensor([0.5, -0.5, 2.0, -2.0, 0.0, torch.nan, torch.inf, 1.0]).to(dtype)
+    threshold = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, 1.0, torch.inf, 1.0])
+    want = torch.tensor([0.0, 0.0, 2.0, -2.0, 0.0, torch.nan, torch.inf, 0.0])
+    for native in (True, False):
+        builder = Builder()
+        vector(builder, x)
+        scale = builder.emit("mean_scale", "s", vector_of_ones(builder)) if scaled else None
+        builder.emit("masked", "y", "x", threshold, scale)
+        builder.emit("logits", "y", "y", 1.0, 0.0)
+        got = run(builder, [], 0, 8, native)
+        assert torch.equal(got.nan_to_num(-1.0, -2.0), want.nan_to_num(-1.0, -2.0))
+
+
+def vector_of_ones(builder: Builder) -> str:
+    return builder.emit("embed", "ones", torch.ones(1, 4), 1.0)
+
+
+def test_a_bound_step_is_the_step() -> None:
+    builder = Builder()
+    vector(builder, torch.randn(8))
+    builder.emit("logits", "y", "x", 2.0, 0.0)
+    given = (torch.tensor(builder.code), torch.tensor(builder.numbers).double(),
+             builder.constants, [], 8)  # fmt: skip
+    times = torch.zeros(2, dtype=torch.float64)
+    assert torch.equal(bind(*given)(0, 0, times), step(0, 0, *given))
+    assert (times > 0).all()
+    with pytest.raises(RuntimeError, match="9 outputs expected"):
+        bind(*given[:4], 9)(0, 0, None)
 
 
 def test_a_nan_shows_and_stays_where_it_is() -> None:

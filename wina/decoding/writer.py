@@ -226,7 +226,13 @@ class _Writer:
             return self.program.emit(
                 "dense", out, x, linear.weight.detach(), _bias(linear), residual
             )
-        tail = (self._threshold(linear), self._bias(linear), self._scale(linear, x, "s"), residual)
+        threshold, bias, scale = (
+            self._threshold(linear), self._bias(linear), self._scale(linear, x, "s")
+        )  # fmt: skip
+        if linear.choice.backend.masked_rows:
+            masked = self.program.emit("masked", "m", x, threshold, scale)
+            return self.program.emit("dense", out, masked, linear.weight.detach(), bias, residual)
+        tail = (threshold, bias, scale, residual)
         if isinstance(linear, QuantizedSparseLinear):
             return self.program.emit(
                 "sparse_integers", out, x, linear.packed, linear.scales, linear.out_features,
@@ -326,15 +332,20 @@ def _offset(norm: Any, eps: float) -> float:
 def _groups(projections: Sequence[nn.Linear]) -> TypeGuard[Sequence[SparseLinear]]:
     """Whether float products can share a launch."""
     return all(
-        isinstance(p, SparseLinear) and not isinstance(p, QuantizedSparseLinear)
+        isinstance(p, SparseLinear)
+        and not isinstance(p, QuantizedSparseLinear)
+        and not p.choice.backend.masked_rows
         for p in projections
     )
 
 
 def _fusible(gate: nn.Linear, up: nn.Linear) -> bool:
-    return isinstance(gate, SparseLinear) and isinstance(up, SparseLinear) and (
-        gate.weight_dtype == up.weight_dtype
-    )  # fmt: skip
+    return (
+        isinstance(gate, SparseLinear)
+        and isinstance(up, SparseLinear)
+        and gate.weight_dtype == up.weight_dtype
+        and not (gate.choice.backend.masked_rows or up.choice.backend.masked_rows)
+    )
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:
