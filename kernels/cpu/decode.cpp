@@ -90,6 +90,25 @@ void rms_norm(const T* x, const T* weight, int64_t runs, int64_t n, float eps, f
   }
 }
 
+// to[i] = from[i] where it is kept, else 0; in blocks that the compiler turns into vectors.
+template <class T>
+void mask(const T* from, const float* threshold, float scale, int64_t n, T* to) {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+  constexpr int64_t block = 128;
+  float wide[block];
+  Bits bits[block];
+  for (int64_t first = 0; first < n; first += block) {
+    const int64_t count = std::min(block, n - first);
+    widen(from + first, wide, count);
+    std::memcpy(bits, from + first, count * sizeof(T));
+    for (int64_t i = 0; i < count; ++i) {
+      const bool keep = !(std::fabs(wide[i]) <= cutoff(threshold[first + i], scale));
+      bits[i] &= static_cast<Bits>(-static_cast<int32_t>(keep));
+    }
+    std::memcpy(to + first, bits, count * sizeof(T));
+  }
+}
+
 // Turns the two halves of the first R elements of each head; out is float32.
 template <class T>
 void rotate(const T* x, int64_t heads, int64_t D, const float* cos, const float* sin, int64_t R,
@@ -451,12 +470,7 @@ class Machine {
     const float s = scale.has_value() ? *scale->const_data_ptr<float>() : 1.0f;
     with_type(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      const T* from = x.const_data_ptr<T>();
-      T* to = out.mutable_data_ptr<T>();
-      for (int64_t i = 0; i < out.numel(); ++i) {
-        const float v = static_cast<float>(from[i]);
-        to[i] = std::fabs(v) <= cutoff(limit[i], s) ? T(0) : from[i];
-      }
+      mask(x.const_data_ptr<T>(), limit, s, out.numel(), out.mutable_data_ptr<T>());
     });
     return out;
   }
