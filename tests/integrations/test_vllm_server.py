@@ -27,7 +27,7 @@ from wina.testing import random_tokens
 
 pytestmark = pytest.mark.vllm
 
-READY_S, ANSWER_S, END_S = 240, 120, 60
+READY_S, ANSWER_S, END_S = 400, 120, 60
 STEP_TOKENS = 256  # no prompt is read in parts: a part of one token would pass for a decode step
 
 
