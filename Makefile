@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-versions test-vllm test-sanitizers lint format bench \
-	bench-quick clean
+	bench-quick docs clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,7 +53,8 @@ $(VLLM_VENV)/.installed: tests/integrations/vllm-requirements.txt pyproject.toml
 	touch $@
 
 test-vllm: $(VLLM_VENV)/.installed ## the vLLM plug-in in vLLM itself, in an environment of its own
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/integrations/test_vllm.py
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/integrations/test_vllm.py \
+		tests/integrations/test_vllm_server.py
 
 test-sanitizers: install ## native kernels under AddressSanitizer, UBSan and ThreadSanitizer
 	$(BIN)/python -m pytest tests/native -m 'slow or not slow' --durations=0
@@ -84,5 +85,17 @@ bench-quick: install ## every bench in quick mode: shows that they run, claims n
 	$(BIN)/wina bench decode --quick --shape smollm2-135m --sparsities 0.5 --new-tokens 4
 	$(BIN)/wina bench roofline llama-3-70b --device h100
 
+# Its own environment: the site is made from sources and needs nothing of what they import.
+DOCS_VENV ?= .venv-docs
+$(DOCS_VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		$$($(DOCS_VENV)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", \
+		"rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
+
+docs: $(DOCS_VENV)/.installed ## the documentation as a site: out/site/index.html; a bad link stops it
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+
 clean: ## remove the virtual environment and caches of tools
-	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info out
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info out

@@ -45,8 +45,8 @@ class Backend(ABC):
         sparse_linear, sparse_gate_up, dense_linear, dense_linear_rows: as in
             :mod:`wina.kernels.reference`.
         sparse_group: likewise, None where products of one hidden state gain nothing by it.
-        dense_linear_quantized, dense_linear_rows_quantized, sparse_linear_quantized,
-            sparse_gate_up_quantized: as in :mod:`wina.kernels.quantized`.
+        dense_linear_quantized: as in :mod:`wina.kernels.quantized`; so are
+            dense_linear_rows_quantized, sparse_linear_quantized and sparse_gate_up_quantized.
     """
 
     name: str

@@ -156,3 +156,55 @@ def test_what_cannot_be_fetched_or_written_is_one_line(
         said = capsys.readouterr().err
         assert "wina: cannot" in said
         assert "Traceback" not in said
+
+
+def test_json_instead_of_text(folder: str, tmp_path: Path) -> None:
+    """Nothing else is on stdout, so the output can be piped."""
+    plan = str(tmp_path / "plan")
+    asked = ("--model", folder, "--tokens", "1024", "--sparsity", "0.4", "--json")
+    written = json.loads(invoke("calibrate", plan, *asked))
+    assert (written["folder"], written["method"], written["sparsity"]) == (plan, "wina", 0.4)
+    assert 0.3 < written["realised"] < 0.5
+    out = str(tmp_path / "out")
+    exported = json.loads(invoke("export", out, "--model", folder, "--plan", plan, "--json"))
+    assert exported == {**written, "folder": out}
+    said = json.loads(invoke("generate", "Hello", "-m", out, "--max-new-tokens", "3", "--json"))
+    assert said["text"].startswith("Hello")
+    assert (len(said["tokens"]), said["finish"]) == (3, "length")
+
+
+def test_exit_codes(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def code_of(*words: str) -> int:
+        monkeypatch.setattr("sys.argv", ["wina", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return int(stopped.value.code or 0)
+
+    assert code_of("--version") == 0
+    assert code_of("inspect", "--model", "/nowhere") == 1
+    assert code_of("--log", "loud", "demo-model") == 1
+    assert code_of("inspect", "--no-such-option") == 2
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wina.cli.load_model", stopped)
+    assert code_of("inspect", "--model", folder) == 130
+
+
+def test_logs_go_where_they_are_asked_for(folder: str, tmp_path: Path) -> None:
+    import logging
+
+    invoke("--log", "debug", "inspect", "--model", folder)
+    assert logging.getLogger("wina").level == logging.DEBUG
+    invoke("inspect", "--model", folder)
+    assert logging.getLogger("wina").level == logging.WARNING
+
+
+def test_completion_knows_the_methods() -> None:
+    result = runner.invoke(
+        app, [], prog_name="wina",
+        env={"_WINA_COMPLETE": "complete_bash", "COMP_WORDS": "wina calibrate --method wina-",
+             "COMP_CWORD": "3"},
+    )  # fmt: skip
+    assert {"wina-plus", "wina-greedy", "wina-paper"} <= set(result.stdout.split())

@@ -70,3 +70,45 @@ def test_wina_beats_teal_on_heavy_tailed_column_norms(kept: float) -> None:
         keep = keep_mask(x, threshold, TopK().scale(x, threshold, 1 - kept))
         errors[criterion] = ((x * ~keep) @ weight.t()).norm(dim=-1).mean()
     assert errors["l2-norm"] < errors["magnitude"] < errors["random"]
+
+
+def kept_above(weight: Tensor, x: Tensor, cutoff: float) -> Tensor:
+    """WINA's mask with a cut-off on |x_j|·‖W_:,j‖."""
+    return keep_mask(x, (cutoff / weight.norm(dim=0)).float())
+
+
+def test_the_bound_with_a_threshold() -> None:
+    """docs/mathematics.md, (3): ‖e‖² ≤ m·τ² for orthogonal columns."""
+    weight, x = column_orthogonal(), torch.randn(DRAWS, K, dtype=torch.float64)
+    cutoff = float((x.abs() * weight.norm(dim=0)).median())
+    dropped = ~kept_above(weight, x, cutoff)
+    errors = ((x * dropped) @ weight.t()).square().sum(dim=-1)
+    assert (errors <= dropped.sum(dim=-1) * cutoff**2 * (1 + 1e-6)).all()
+    expected = (x * dropped).square() @ weight.square().sum(dim=0)  # (2)
+    torch.testing.assert_close(errors, expected)
+
+
+def test_the_bounds_for_any_columns() -> None:
+    """(6), and that WINA's mask is within κ of the best one of its size."""
+    for _ in range(DRAWS):
+        weight = torch.randn(N, K, dtype=torch.float64) * torch.exp(torch.randn(K).double())
+        x = torch.randn(K, dtype=torch.float64)
+        norms = weight.norm(dim=0)
+        least, *_, most = torch.linalg.eigvalsh((weight / norms).t() @ (weight / norms)).tolist()
+        keep = kept_set("l2-norm", weight, x)
+        separate = float((x * norms * ~keep).square().sum())
+        squared = error(weight, x, keep) ** 2
+        assert least * separate * (1 - 1e-9) <= squared <= most * separate * (1 + 1e-9)
+        assert squared <= most / least * best_error(weight, x) ** 2 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("sparsity", "lost"), [(0.5, 0.071), (0.65, 0.168)])
+def test_the_energy_below_the_cut_off_of_half_normal_scores(sparsity: float, lost: float) -> None:
+    """(5): s − 2·τ·φ(τ), against a sample."""
+    normal = torch.distributions.Normal(0.0, 1.0)
+    cutoff = normal.icdf(torch.tensor((1 + sparsity) / 2))
+    share = float(sparsity - 2 * cutoff * normal.log_prob(cutoff).exp())
+    assert share == pytest.approx(lost, abs=5e-4)
+    scores = torch.randn(1_000_000).abs()
+    sampled = scores.square()[scores <= cutoff].sum() / scores.square().sum()
+    assert float(sampled) == pytest.approx(share, abs=2e-3)

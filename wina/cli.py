@@ -1,14 +1,17 @@
 """The command line: thin wrappers around the library, heavy imports inside the commands.
 
-Every command that measures prints tables for people and ends its stdout with one JSON line;
-progress goes to stderr.
+Every command that measures prints tables for people and ends its stdout with one JSON line, others
+have ``--json``; progress and logs go to stderr. Exit codes: 0, 1 for an expected error in one line,
+2 for wrong options, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +19,7 @@ from wina.bench.cli import app as bench_app
 from wina.cli_options import (
     CountAs,
     Dtype,
+    Json,
     Method,
     Model,
     Sparsity,
@@ -33,6 +37,9 @@ from wina.cli_options import (
 from wina.errors import WinaError
 from wina.eval.cli import app as eval_app
 
+if TYPE_CHECKING:
+    from wina.plan import SparsityPlan
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -44,6 +51,35 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from wina import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    log: Annotated[
+        str,
+        typer.Option(envvar="WINA_LOG", help="Log to stderr: debug, info, warning, error."),
+    ] = "warning",
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """What all commands share."""
+    level = logging.getLevelNamesMapping().get(log.upper())
+    if level is None:
+        raise WinaError(f"unknown log level {log!r}. Known: debug, info, warning, error.")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("wina").setLevel(level)
 
 
 @app.command()
@@ -96,6 +132,7 @@ def calibrate(
     tokens: Annotated[int, typer.Option(help="Calibration tokens to read.")] = 8192,
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
+    json_output: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Calibrate once and keep the plan: thresholds for every projection.
@@ -120,7 +157,8 @@ def calibrate(
         plan.save(output)
     except OSError as error:
         raise WinaError(f"cannot save the plan: {error}") from None
-    print(f"{output}: {method} at {sparsity:.0%}, realised {plan.realised:.3f} on calibration text")
+    said = f"{output}: {method} at {sparsity:.0%}, realised {plan.realised:.3f} on calibration text"
+    print(json.dumps(_about(output, plan)) if json_output else said)
 
 
 @app.command()
@@ -135,6 +173,7 @@ def export(
     ] = False,
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
+    json_output: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a sparse model as one folder, ready for a model hub.
@@ -165,7 +204,16 @@ def export(
     words = [str(w) for pair in options.items() if pair[1] is not None for w in pair]
     command = shlex.join(["wina", "export", output.name, *words, *["--measure"] * measure])
     write(loaded, tokenizer, output, model, command, figures)
-    print(f"{output}: {found.config.method} at {found.config.sparsity:.0%}, with a model card")
+    said = f"{output}: {found.config.method} at {found.config.sparsity:.0%}, with a model card"
+    print(json.dumps(_about(output, found)) if json_output else said)
+
+
+def _about(folder: Path, plan: SparsityPlan) -> dict[str, object]:
+    """What ``--json`` says of a plan that was written."""
+    return {
+        "folder": str(folder), "realised": plan.realised, "model_type": plan.model_type,
+        **plan.config.to_dict(),
+    }  # fmt: skip
 
 
 @app.command()
@@ -217,12 +265,10 @@ def recommend(
 def inspect(
     model: Model = "demo",
     plan: Annotated[Path | None, typer.Option(help="Plan folder; default: look only.")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    json_output: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """List a model's projections, and what a plan does to them."""
-    import json
-
     import wina
 
     loaded, tokenizer = load_model(model, trust=trust_remote_code, sparse=plan is None)
@@ -257,6 +303,7 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
+    json_output: Json = False,
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
     trust_remote_code: Trust = False,
@@ -270,7 +317,8 @@ def generate(
     from wina.decoding.command import Request, run
 
     request = Request(
-        prompt, model, plan, method, sparsity, dtype, weight_dtype, trust_remote_code, stream, seed,
+        prompt, model, plan, method, sparsity, dtype, weight_dtype, trust_remote_code,
+        stream and not json_output, json_output, seed,
         {
             "max_new_tokens": max_new_tokens,
             "do_sample": temperature > 0,

@@ -16,7 +16,18 @@ Model = Annotated[
 Dtype = Annotated[
     str, typer.Option(help="Weights as float32, bfloat16, float16, or `auto` (as saved).")
 ]
-Method = Annotated[str, typer.Option(help="Which score decides: wina, teal, was, …")]
+
+
+def _methods() -> list[str]:
+    from wina.methods import METHODS
+
+    return list(METHODS)
+
+
+Method = Annotated[
+    str,
+    typer.Option(help="Which score decides: wina, teal, was, …", autocompletion=_methods),
+]
 Sparsity = Annotated[float, typer.Option(help="Share of input channels to drop, in [0, 1).")]
 WeightDtype = Annotated[
     str | None,
@@ -32,6 +43,7 @@ CountAs = Annotated[
         "evaluated in: bfloat16, float16, float32."
     ),
 ]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the model folder run its own code.")
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,11 @@ os.environ.update(
 )  # fmt: skip
 
 import torch
-from torch import Tensor
+from vllm_model import Recorder, assert_close_median, forced, make_folder
 
 import wina
 from wina.integrations.vllm.step import STEP, DecodedChannels
 from wina.kernels.reference import keep_mask
-from wina.patch import patch_of
 from wina.testing import random_tokens, tiny_model
 
 pytestmark = pytest.mark.vllm
@@ -36,18 +36,6 @@ PROMPTS = [random_tokens(count, seed=count).tolist() for count in (12, 7)]
 NEW_TOKENS = 16
 MARGIN = 1e-4
 CHANNELS = 2 * (128 * 5 + 128 + 96)  # layers × (inputs of q, k, v, gate, up; of o; of down)
-
-# vLLM's merged layers → what transformers calls their parts.
-MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def make_folder(folder: Path, sparsity: float) -> Path:
-    """A tiny Llama with a plan beside it, as a sparsified model saves itself."""
-    model: Any = tiny_model("llama", hidden_size=128, head_dim=32)
-    settings = wina.SparsityConfig(sparsity=sparsity, window=128)
-    wina.sparsify(model, settings, texts=random_tokens(2048, seed=1), show_progress=False)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -90,47 +78,6 @@ def generate(
         [step[token].logprob for step, token in zip(c.logprobs, ids, strict=True)]
         for c, ids in zip(completions, tokens, strict=True)
     ]
-
-
-class Recorder:
-    """Keeps the inputs of every sparse product, by projection."""
-
-    def __init__(self) -> None:
-        self.seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
-
-    def of_vllm(self, layer: str, x: Tensor, thresholds: Tensor) -> None:
-        parent, _, leaf = layer.rpartition(".")
-        for part, threshold in zip(MERGED.get(leaf, (leaf,)), thresholds, strict=True):
-            self.add(f"{parent}.{part}", x, threshold)
-
-    def of_transformers(self, name: str, x: Tensor, threshold: Tensor, scale: object) -> None:
-        self.add(name, x.flatten(0, -2), threshold)
-
-    def add(self, name: str, x: Tensor, threshold: Tensor) -> None:
-        self.seen.setdefault(name, []).append((x.clone(), threshold.clone()))
-
-
-def forced(folder: Path, prompt: list[int], tokens: list[int]) -> tuple[list[float], Recorder]:
-    """Log-probabilities of given tokens in our patched transformers model, and what it masked."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    recorder = Recorder()
-    found = []
-    with torch.inference_mode():
-        patch_of(model).control.observer = recorder.of_transformers
-        output = model(input_ids=torch.tensor([prompt]), use_cache=True)
-        for token in tokens:
-            found.append(float(output.logits[0, -1].log_softmax(-1)[token]))
-            output = model(
-                input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values
-            )
-    return found, recorder
-
-
-def assert_close_median(found: list[float], expected: list[float]) -> None:
-    difference = torch.tensor([abs(a - b) for a, b in zip(found, expected, strict=True)])
-    assert float(difference.median()) <= 1e-4
 
 
 def dense_tokens(folder: Path) -> list[list[int]]:
@@ -224,6 +171,30 @@ def test_what_does_not_fit_is_said(
 
     with pytest.raises(wina.WinaError, match=message):
         read()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("selector", "topk"),
+        ("correction", "bias"),
+        ("rotation", "orthogonal"),
+        ("weight_dtype", "int8"),
+        ("method", "cats"),
+    ],
+)
+def test_a_plan_that_is_not_served_is_refused(
+    folders: dict[float, Path], setting: str, value: str, tmp_path: Path
+) -> None:
+    from wina.integrations.vllm.plugin import WinaConfig
+
+    plan = wina.SparsityPlan.load(folders[0.5] / "wina")
+    asked = wina.SparsityConfig(**{**plan.config.to_dict(), setting: value})
+    calibration = {**plan.calibration, "rotation": asked.rotation_spec}
+    replace(plan, config=asked, calibration=calibration).save(tmp_path / "plan")
+    config = WinaConfig.from_config({"quant_method": "wina", "plan": str(tmp_path / "plan")})
+    with pytest.raises(wina.WinaError, match=f"{value!r} is not served in vLLM"):
+        config.maybe_update_config(str(folders[0.5]))
 
 
 def test_a_plan_for_other_weights_is_refused(folders: dict[float, Path], tmp_path: Path) -> None:

@@ -241,3 +241,71 @@ def test_weights_of_bitsandbytes_stay_dense() -> None:
     mlp.up_proj = bnb.nn.Linear4bit(64, 96, bias=False)
     wina.sparsify(model, plan_for(model))
     assert [m.name for m in wina.inspect(model).dense] == ["model.layers.0.mlp.up_proj"]
+
+
+class Params4bit(torch.nn.Parameter):
+    """As bitsandbytes keeps a weight: two elements a byte, one column."""
+
+
+class Linear4bit(torch.nn.Linear):
+    """Stands in for bitsandbytes' layer, which needs no card to be recognised."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.whole = [linear.weight.detach().clone()]  # no parameter: it is not in the checkpoint
+        packed = torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8)
+        self.weight = Params4bit(packed, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.whole[0])
+
+
+class QuantizedTensor(torch.Tensor):
+    """Stands in for torchao's weights: a plain ``nn.Linear`` holds a tensor of another class."""
+
+
+def test_layers_of_another_quantization_stay_dense_with_a_reason(tokens: Tensor) -> None:
+    model: Any = tiny_model("llama")
+    want = decode_logits(model, tokens)
+    mlp, attention = model.model.layers[0].mlp, model.model.layers[1].self_attn
+    mlp.up_proj = Linear4bit(mlp.up_proj)
+    weight = attention.o_proj.weight.detach()
+    attention.o_proj.weight = torch.nn.Parameter(
+        weight.as_subclass(QuantizedTensor), requires_grad=False
+    )
+    wina.sparsify(model, plan_for(model, sparsity=0.0))
+    reasons = {module.name: module.reason for module in wina.inspect(model).dense}
+    assert list(reasons) == ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"]
+    assert "Linear4bit, which keeps weight (3072, 1) itself" in next(iter(reasons.values()))
+    assert "holds a QuantizedTensor" in reasons["model.layers.1.self_attn.o_proj"]
+    assert (decode_logits(model, tokens) - want).abs().max() <= 1e-4
+
+
+def test_a_model_of_quantized_layers_only_is_refused() -> None:
+    model: Any = tiny_model("llama")
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    setattr(parent, name, Linear4bit(child))
+    with pytest.raises(UnsupportedModelError, match=r"q_proj is a .*Linear4bit"):
+        plan_for(model)
+
+
+def test_a_gguf_file(tmp_path: Path, tokens: Tensor) -> None:
+    """transformers reads it into floats, so it is a model like any other."""
+    pytest.importorskip("gguf", reason="needs gguf: pip install gguf")
+    from wina.bench.peers.to_gguf import write_gguf
+
+    dense: Any = tiny_model("llama")
+    dense.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    write_gguf(tmp_path, tmp_path / "model.gguf", "f32", show_progress=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    ).eval()
+    torch.testing.assert_close(logits(model, tokens), logits(dense, tokens))
+    wina.sparsify(model, plan_for(model))
+    with measure_sparsity(model) as counter:
+        decode_logits(model, tokens)
+    assert 0.3 < counter.mean < 0.7

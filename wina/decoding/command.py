@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ class Request:
     """The options of the command.
 
     Attributes:
+        as_json: print one JSON document in place of the text.
         settings: fields of a GenerationConfig.
     """
 
@@ -37,6 +39,7 @@ class Request:
     weight_dtype: str | None
     trust: bool
     stream: bool
+    as_json: bool
     seed: int | None
     settings: Mapping[str, Any]
 
@@ -77,10 +80,28 @@ def run(request: Request) -> Decoded:
         seed=request.seed,
         **request.settings,
     )
-    if not request.stream:
-        print(request.prompt + tokenizer.decode(decoded.tokens[0], skip_special_tokens=True))
+    text = request.prompt + tokenizer.decode(decoded.tokens[0], skip_special_tokens=True)
+    if request.as_json:
+        print(json.dumps(document(text, decoded, ready)))
+    elif not request.stream:
+        print(text)
     print(summary(decoded, ready), file=sys.stderr)
     return decoded
+
+
+def document(text: str, decoded: Decoded, ready_s: float) -> dict[str, Any]:
+    """What ``--json`` says of a continuation."""
+    return {
+        "text": text,
+        "tokens": decoded.tokens[0].tolist(),
+        "finish": decoded.finish[0],
+        "tokens_per_s": decoded.tokens_per_s,
+        "first_s": decoded.first_s,
+        "ready_s": ready_s,
+        "peak_bytes": peak_resident(),
+        "engine": decoded.engine,
+        "reason": decoded.reason,
+    }
 
 
 def summary(decoded: Decoded, ready_s: float) -> str:

@@ -32,8 +32,10 @@ from vllm.platforms import current_platform
 from wina.config import SparsityConfig
 from wina.errors import ConfigError, PlanError
 from wina.integrations.vllm.step import STEP, Rows, pack, step_linear
+from wina.methods import METHODS
 from wina.plan import JSON_FILE, TENSOR_FILE, ProjectionPlan, SparsityPlan, weight_sample
 from wina.prefill import Prefill
+from wina.rotation import NO_ROTATION
 from wina.saving import PLAN_FOLDER, QUANT_METHOD
 
 # A plan's samples are of the unrounded weights; a checkpoint in bfloat16 is the same model.
@@ -99,18 +101,15 @@ class WinaConfig(QuantizationConfig):  # type: ignore[misc]
     ) -> None:
         """Read the plan, once: the object is sent to the workers with it."""
         plan = SparsityPlan.load(self._locate(model_name, revision))
-        if plan.config.selector != "threshold":
-            raise ConfigError(f"selector {plan.config.selector!r} is not served in vLLM")
-        if plan.config.weight_dtype is not None:
-            raise ConfigError(
-                f"the plan rounds weights to {plan.config.weight_dtype}: not served in vLLM"
-            )
+        _refuse_unserved(plan)
         self._plan, self._protocol_in_use = plan, self._protocol(plan)
         if hf_config is not None:
             # vLLM leaves the quantization method out of the key of its compilation cache.
             facts = [self._folder, self._prefill, sorted(plan.layers), plan.config.to_dict()]
             digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
             hf_config.wina_digest = digest.hexdigest()
+        if plan.experts:
+            logger.warning("wina: %d fused experts stay dense in vLLM", len(plan.expert_modules))
         logger.info("wina: %s at %.0f %%", plan.config.method, 100 * plan.config.sparsity)
 
     def _locate(self, model_name: str, revision: str | None) -> Path:
@@ -165,6 +164,19 @@ class WinaConfig(QuantizationConfig):  # type: ignore[misc]
         """What transformers calls the parts of a merged layer."""
         parent, _, leaf = prefix.rpartition(".")
         return [f"{parent}.{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
+
+
+def _refuse_unserved(plan: SparsityPlan) -> None:
+    config = plan.config
+    for setting, found, served in (
+        ("selector", config.selector_spec, "threshold"),
+        ("correction", config.correction_spec, "none"),
+        ("rotation", plan.rotation, NO_ROTATION),
+        ("weight_dtype", config.weight_dtype, None),
+        ("method", config.method if METHODS[config.method].gate_mask else None, None),
+    ):
+        if found != served:
+            raise ConfigError(f"{setting} {found!r} is not served in vLLM")
 
 
 def _refuse_cuda_graphs() -> None:
