@@ -17,7 +17,7 @@ HOSTILE: tuple[Any, ...] = (
 HEADS = (0, 1, 7, 8, 2**16, 2**31 - 1, 2**32, 2**40, 2**63 - 1, 2**64 - 1)
 
 
-SWOLLEN = 0.004  # share of inputs that become a MiB and more: what their size costs shows
+SWOLLEN = 0.001  # share of inputs that become a MiB and more: what their size costs shows
 
 
 def swollen_bytes(rng: random.Random) -> bytes:
@@ -99,7 +99,8 @@ def damage_json(document: Any, rng: random.Random) -> Any:
         elif way == 3 and isinstance(parent, list):
             parent.append(copy.deepcopy(parent[key]))
         elif way == 4 and isinstance(parent[key], int | float):
-            parent[key] = rng.choice((parent[key] + 1, -parent[key], parent[key] * 1e30, str(key)))
+            number = parent[key]
+            parent[key] = rng.choice((number + 1, -number, number * 10**30, str(key)))
         elif way == 5:
             parent[key] = nested(rng.choice((3, 100)))
         else:
