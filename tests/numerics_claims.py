@@ -10,6 +10,9 @@ import torch
 # Sums of float32 products, relative to the result; where most of it cancels, to what is left.
 ACCUMULATION, AFTER_CANCELLATION = 6e-6, 3e-4
 
+# A gate's absolute error grows with the activation; silu makes it a relative one near 0.
+MASSIVE_GATE = 1e-2
+
 
 def assert_as_documented(rows: Sequence[Mapping[str, Any]]) -> None:
     """Errors are one rounding and float32 sums; nothing that is not finite is hidden."""
@@ -29,6 +32,12 @@ def assert_as_documented(rows: Sequence[Mapping[str, Any]]) -> None:
         allowed = 1.2 * row["floor"] + ACCUMULATION
         if row["case"] == "partial sums beyond float16":
             allowed += AFTER_CANCELLATION
+        if (
+            row["case"] == "massive activations"
+            and row["operator"] == "sparse_gate_up"
+            and integers
+        ):
+            allowed += MASSIVE_GATE
         if early:
             allowed += eps
         if row["backend"] == "triton" and row["dtype"] == "bfloat16":
