@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-versions test-vllm test-sanitizers lint format bench \
-	bench-quick docs clean
+.PHONY: help install demo test test-slow test-versions test-vllm test-sanitizers audit lint format \
+	bench bench-quick docs clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +59,13 @@ test-vllm: $(VLLM_VENV)/.installed ## the vLLM plug-in in vLLM itself, in an env
 test-sanitizers: install ## native kernels under AddressSanitizer, UBSan and ThreadSanitizer
 	$(BIN)/python -m pytest tests/native -m 'slow or not slow' --durations=0
 
+# An environment of its own: it asks a vulnerability database of every pinned version.
+AUDIT_VENV ?= .venv-audit
+audit: ## known weaknesses of the versions in constraints.txt (needs a network)
+	test -x $(AUDIT_VENV)/bin/python || $(PYTHON) -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(AUDIT_VENV)/bin/pip-audit -r constraints.txt --no-deps --disable-pip
+
 lint: install ## what CI checks: ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -98,4 +105,5 @@ docs: $(DOCS_VENV)/.installed ## the documentation as a site: out/site/index.htm
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
 
 clean: ## remove the virtual environment and caches of tools
-	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info out
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) $(AUDIT_VENV) .pytest_cache .mypy_cache .ruff_cache \
+		*.egg-info out

@@ -118,8 +118,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def parse(text: str, source: str) -> dict[str, Any]:
     """A run of a file's text or of a command's whole stdout; ``source`` is for the message."""
-    lines = text.strip().splitlines() or [""]
-    for candidate in (text, lines[-1]):
+    for candidate in (text, text.rstrip().rpartition("\n")[2]):
         try:
             run = parse_json(candidate)
         except ValueError:

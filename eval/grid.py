@@ -27,7 +27,7 @@ from wina.config import SparsityConfig
 from wina.errors import ConfigError, PlanError, WinaError
 from wina.eval.agreement import agreement
 from wina.eval.measurement import EvalTask, Measurement, Settings
-from wina.files import parse_json, remove_partial, write_atomically
+from wina.files import read_json, remove_partial, write_atomically
 from wina.inspection import inspect
 from wina.patch import apply_plan, restore
 from wina.plan import SparsityPlan
@@ -366,7 +366,7 @@ def read_cell(path: Path) -> dict[str, Any] | None:
             identity.
     """
     try:
-        cell = parse_json(path.read_text(encoding="utf-8"))
+        cell = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

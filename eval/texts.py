@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from wina.errors import WinaError
@@ -28,17 +29,20 @@ def read_documents(source: str) -> list[str]:
     if source in _NAMES:
         return bundled(source)
     path = Path(source)
+    opened = gzip.open if path.suffix == ".gz" else Path.open
     try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        with opened(path, "rt", encoding="utf-8", newline="\n") as file:
+            return _rows(path, file) if ".jsonl" in path.suffixes else [file.read()]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise WinaError(
             f"cannot read {path}: {error}. Name a file, or `heldout` for the bundled text."
         ) from None
-    if ".jsonl" not in path.suffixes:
-        return [text]
+
+
+def _rows(path: Path, lines: Iterable[str]) -> list[str]:
+    """The documents of lines of JSON, one a line."""
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

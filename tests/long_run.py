@@ -1,7 +1,7 @@
 """Decode many tokens and patch many times: ``python tests/long_run.py --help``.
 
-The last line of stdout is JSON: resident memory after a warm-up and at the end, and whether what
-must not change did not.
+Tokens are decoded by ``model.generate``, then as many by ``wina.decode``. The last line of stdout
+is JSON: resident memory after a warm-up and at the end, and whether what must not change did not.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import wina
+from wina.bench.machine import machine_card
 from wina.testing import random_tokens, tiny_model
 
 WARM_UP = 0.1  # share of the work after which memory is measured first
@@ -34,6 +35,11 @@ def generate(model: nn.Module) -> Tensor:
             random_tokens(8)[None], max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False
         )
     return tokens
+
+
+def decode(model: nn.Module) -> Tensor:
+    prompt = random_tokens(8)[None]
+    return wina.decode(model, prompt, max_new_tokens=TOKENS, min_new_tokens=TOKENS).tokens
 
 
 def repeat(times: int, work: object) -> tuple[int, int]:
@@ -62,9 +68,13 @@ def main() -> None:
         dense = model(probe).logits
 
     wina.sparsify(model, plan)
-    first = generate(model)
-    texts = [first]
-    decoded = repeat(asked.tokens // TOKENS, lambda: texts.append(generate(model)))
+    decoded: dict[str, tuple[int, int]] = {}
+    equal = True
+    for way in (generate, decode):
+        texts = [way(model)]
+        times = asked.tokens // TOKENS
+        decoded[way.__name__] = repeat(times, lambda way=way, texts=texts: texts.append(way(model)))
+        equal = equal and all(torch.equal(texts[0], text) for text in texts)
     wina.restore(model)
 
     def cycle() -> None:
@@ -78,16 +88,22 @@ def main() -> None:
     wina.sparsify(model, zero, texts=random_tokens(256), show_progress=False)
     with torch.no_grad():
         at_zero = model(probe).logits
+    with torch.no_grad():
+        wina.restore(model)
+        after_zero = model(probe).logits
     print(json.dumps({
+        "command": f"python tests/long_run.py --tokens {asked.tokens} --cycles {asked.cycles}",
+        "machine": machine_card(),
         "tokens": asked.tokens,
         "cycles": asked.cycles,
         "resident_bytes_while_decoding": decoded,
         "resident_bytes_while_patching": patched,
-        "growth": [after / before - 1 for before, after in (decoded, patched)],
-        "every_text_equal": all(torch.equal(first, text) for text in texts),
+        "growth": [after / before - 1 for before, after in (*decoded.values(), patched)],
+        "every_text_equal": equal,
         "restored_bit_for_bit": bool(torch.equal(dense, again)) and all(
             value.equal(values[name]) for name, value in model.state_dict().items()
         ),
+        "dense_again_after_sparsity_0": bool(torch.equal(dense, after_zero)),
         "largest_difference_of_logits_at_sparsity_0": float((at_zero - dense).abs().max()),
     }))  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from conftest import CALIBRATION, config, decode_logits, plan_for
@@ -164,3 +166,35 @@ def test_generation_that_is_interrupted_can_be_repeated(llama: nn.Module, at: in
         generate()
     handle.remove()
     assert torch.equal(generate(), want)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_ctrl_c_stops_decoding_and_leaves_the_model_as_it_was(
+    llama: nn.Module, at: int, sparse: bool
+) -> None:
+    """A real SIGINT while ``wina.decode`` hands out tokens."""
+    before = Snapshot(llama)
+    if sparse:
+        wina.sparsify(llama, plan_for(llama))
+    prompt = random_tokens(8)[None]
+    want = wina.decode(llama, prompt, max_new_tokens=6).tokens
+
+    class Pressed:
+        put_count = 0
+
+        def put(self, tokens: Tensor) -> None:
+            self.put_count += 1
+            if self.put_count > at:
+                signal.raise_signal(signal.SIGINT)
+
+        def end(self) -> None:
+            raise AssertionError("it went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        wina.decode(llama, prompt, max_new_tokens=6, streamer=Pressed())
+    assert torch.is_grad_enabled()
+    assert torch.equal(wina.decode(llama, prompt, max_new_tokens=6).tokens, want)
+    if sparse:
+        wina.restore(llama)
+    before.assert_unchanged(llama)

@@ -30,5 +30,7 @@ def test_memory_is_flat_and_nothing_drifts(tokens: int, cycles: int, growth: flo
     found = json.loads(answer.stdout.splitlines()[-1])
     assert max(found["growth"]) < growth, found
     assert found["every_text_equal"]
+    assert len(found["growth"]) == 3
     assert found["restored_bit_for_bit"]
+    assert found["dense_again_after_sparsity_0"]
     assert found["largest_difference_of_logits_at_sparsity_0"] < 1e-4

@@ -27,7 +27,7 @@ from wina.config import SparsityConfig
 from wina.corrections import Terms
 from wina.errors import PlanError, WinaError
 from wina.experts import recognise_experts
-from wina.files import parse_json, write_atomically
+from wina.files import read_json, write_atomically
 from wina.projections import Projection
 from wina.rotation import NO_ROTATION, rotation_of
 
@@ -269,14 +269,12 @@ class SparsityPlan:
         """
         path = Path(folder)
         try:
-            raw = (path / JSON_FILE).read_bytes()
+            document = read_json(path / JSON_FILE)
             blob = (path / TENSOR_FILE).read_bytes()
         except OSError as error:
             raise PlanError(
                 f"{path} is no plan folder: {error.strerror} ({error.filename})"
             ) from None
-        try:
-            document = parse_json(raw)
         except ValueError:
             raise PlanError(f"{path / JSON_FILE} is not JSON: truncated or altered") from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:

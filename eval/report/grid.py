@@ -14,7 +14,7 @@ from typing import Any
 
 from wina.bench import runs
 from wina.errors import WinaError
-from wina.files import parse_json
+from wina.files import read_json
 
 FORMAT = "wina-eval"
 VERSION = 1
@@ -234,7 +234,7 @@ def _rows(values: Any) -> tuple[float, ...]:
 def _document(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None if the file is missing, damaged or something else."""
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

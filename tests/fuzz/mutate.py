@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import random
 from typing import Any
@@ -16,6 +17,27 @@ HOSTILE: tuple[Any, ...] = (
 HEADS = (0, 1, 7, 8, 2**16, 2**31 - 1, 2**32, 2**40, 2**63 - 1, 2**64 - 1)
 
 
+SWOLLEN = 0.001  # share of inputs that become a MiB and more: what their size costs shows
+
+
+def swollen_bytes(rng: random.Random) -> bytes:
+    """One to four MiB of something small."""
+    part = rng.choice(
+        (b" ", b"9", b"a", b"\0", b"[", b"[],", b"0,", b'{"a":0},', b'"",', b"\\u00e9", b"\n",
+         "\U0001f600".encode(), b'{"text":""}\n')
+    )  # fmt: skip
+    return part * (rng.randint(1 << 20, 4 << 20) // len(part))
+
+
+def swollen_value(rng: random.Random) -> Any:
+    """A JSON value of one to four MiB."""
+    value = rng.choice((0, 0.5, "", "abc", [], {}, None, {"a": 0}, [[]], 2**40, "a", "\U0001f600"))
+    times = rng.randint(1 << 20, 4 << 20) // (2 + len(json.dumps(value)))
+    if rng.random() < 0.2:
+        return str(value) * times
+    return {str(i): value for i in range(times // 4)} if rng.random() < 0.2 else [value] * times
+
+
 def nested(depth: int) -> Any:
     """A list in a list in a list …"""
     value: Any = []
@@ -27,6 +49,9 @@ def nested(depth: int) -> Any:
 def damage_bytes(data: bytes, rng: random.Random) -> bytes:
     """Flip, cut, insert, repeat or overwrite bytes, one to four times."""
     out = bytearray(data)
+    if rng.random() < SWOLLEN:
+        at = rng.randrange(len(out) + 1)
+        out[at:at] = swollen_bytes(rng)
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(out) + 1)
         way = rng.randrange(8)
@@ -54,6 +79,10 @@ def damage_bytes(data: bytes, rng: random.Random) -> bytes:
 def damage_json(document: Any, rng: random.Random) -> Any:
     """Change one to three values, keys or whole branches of a JSON value."""
     document = copy.deepcopy(document)
+    if rng.random() < SWOLLEN and (places := list(_places(document))):
+        parent, key = rng.choice(places)
+        parent[key] = swollen_value(rng)
+        return document
     for _ in range(rng.randint(1, 3)):
         places = list(_places(document))
         if not places:
@@ -70,7 +99,8 @@ def damage_json(document: Any, rng: random.Random) -> Any:
         elif way == 3 and isinstance(parent, list):
             parent.append(copy.deepcopy(parent[key]))
         elif way == 4 and isinstance(parent[key], int | float):
-            parent[key] = rng.choice((parent[key] + 1, -parent[key], parent[key] * 1e30, str(key)))
+            number = parent[key]
+            parent[key] = rng.choice((number + 1, -number, number * 10**30, str(key)))
         elif way == 5:
             parent[key] = nested(rng.choice((3, 100)))
         else:

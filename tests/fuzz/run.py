@@ -1,7 +1,9 @@
 """Feed damaged inputs to everything that reads files or arguments: ``--help`` says how.
 
 Input i of a target depends on the seed, the target and i alone, so ``--only TARGET:i`` repeats it.
-The last line of stdout is one JSON document. Exit code 1: there are findings.
+While an input is fed it may write in its target's folder alone, start, load, connect to and run
+nothing, and take 4 times its own size of memory beyond what its target needs for any. The last line
+of stdout is one JSON document. Exit code 1: there are findings.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-MOST_MEMORY = 64 << 20  # that an input may ask for beyond what the process has
-WARM = 2  # inputs of each target before memory is bounded: modules and caches are loaded by then
+MEMORY_FACTOR = 4  # bytes that an input may take for each of its own
+MOST_MEMORY = 1 << 30  # of all that the process may ask for beyond what it has: its hard end
+LARGE = 1 << 20  # bytes of an input whose factor is recorded
+WARM = 20  # inputs of each target before memory is bounded: modules and caches are loaded by then
 BATCH = 300
 
 
@@ -28,36 +32,47 @@ def feed(
     targets: list[Any], counts: dict[str, int], seed: int, folder: Path, seconds: float
 ) -> dict[str, Any]:
     """Feed ``counts`` inputs to each target, or as many as fit into the time; what came of it."""
-    from sandbox import Breach, Sandbox, TooSlow, limit_memory, memory
+    from sandbox import Breach, Sandbox, TooMuch, TooSlow, limit_memory
 
     from wina.errors import WinaError
 
-    sandbox = Sandbox(folder)
+    sandbox = Sandbox()
     result: dict[str, Any] = {"inputs": {}, "refused": {}, "accepted": {}, "found": {}}
     findings: dict[tuple[str, str], dict[str, Any]] = {}
-    slowest, bounded, before = 0.0, False, memory()
+    slowest, bounded = 0.0, False
+    large: dict[str, dict[str, float]] = {}
+    spent: dict[str, float] = {}
     mark = folder / "at"
 
     def one(target: Any, number: int) -> None:
         nonlocal slowest
         name = type(target).__name__
         mark.write_text(f"{name}:{number}")
-        prepared = target.prepare(random.Random(f"{seed}:{name}:{number}"))
-        began = time.perf_counter()
+        prepared = target.make(random.Random(f"{seed}:{name}:{number}"))
+        began = time.process_time()
         outcome = "accepted"
+        most = MEMORY_FACTOR * target.size + target.spare if bounded else MOST_MEMORY
         try:
-            with sandbox.armed(target.seconds):
+            with sandbox.armed(target.folder, target.seconds, most):
                 target.feed(prepared)
         except WinaError:
             outcome = "refused"
-        except (Exception, Breach, TooSlow) as error:
+        except (Exception, Breach, TooMuch, TooSlow) as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}"
             first = {"place": place, "input": f"{name}:{number}", "error": repr(error)[:300],
                      "times": 0, "trace": traceback.format_exc()[-1500:]}  # fmt: skip
             findings.setdefault((name, place), first)["times"] += 1
             outcome = "found"
-        slowest = max(slowest, time.perf_counter() - began)
+        taken = time.process_time() - began
+        slowest = max(slowest, taken)
+        spent[name] = spent.get(name, 0.0) + taken
+        if target.size >= LARGE:
+            seen = large.setdefault(name, {"inputs": 0, "most_bytes": 0, "most_memory_per_byte": 0})
+            seen["inputs"] += 1
+            seen["most_bytes"] = max(seen["most_bytes"], target.size)
+            factor = round(sandbox.growth / target.size, 2)
+            seen["most_memory_per_byte"] = max(seen["most_memory_per_byte"], factor)
         for key in ("inputs", outcome):
             result[key][name] = result[key].get(name, 0) + 1
 
@@ -66,17 +81,22 @@ def feed(
     while any(done[name] < counts[name] for name in counts) and time.monotonic() < deadline:
         for target in targets:  # a batch of each in turn
             name = type(target).__name__
-            batch = max(1, round(BATCH * target.share))
+            batch = max(1, round(BATCH * target.share)) if bounded else WARM
             for number in range(done[name], min(counts[name], done[name] + batch)):
                 one(target, number)
                 done[name] = number + 1
         if not bounded and all(done[name] >= min(WARM, counts[name]) for name in counts):
             gc.collect()
-            before, bounded = memory(), True
+            bounded = True
             limit_memory(MOST_MEMORY)
     result["findings"] = list(findings.values())
-    result["slowest_s"] = round(slowest, 3)
-    result["high_water_growth_bytes"] = memory()[1] - before[1]
+    result["slowest_processor_s"] = round(slowest, 3)
+    result["processor_s"] = {name: round(value, 1) for name, value in spent.items()}
+    result["inputs_of_1_MiB_and_more"] = large
+    result["memory_bound"] = {
+        "bytes_per_byte": MEMORY_FACTOR,
+        "and_beside": {type(target).__name__: target.spare for target in targets},
+    }
     return result
 
 
@@ -93,7 +113,7 @@ def work(asked: argparse.Namespace) -> int:
     total = sum(target.share for target in targets)
     counts = {type(t).__name__: max(2, round(asked.inputs * t.share / total)) for t in targets}
     if number:
-        prepared = targets[0].prepare(random.Random(f"{asked.seed}:{name}:{number}"))
+        prepared = targets[0].make(random.Random(f"{asked.seed}:{name}:{number}"))
         print(prepared)
         targets[0].feed(prepared)
         return 0
@@ -116,7 +136,14 @@ def main() -> int:
     if asked.folder:
         return work(asked)
     with tempfile.TemporaryDirectory(prefix="wina-fuzz-") as folder:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            # Large blocks are mapped when asked for and unmapped when freed: what an input takes
+            # is not hidden by what others left behind.
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+        }
         began = time.perf_counter()
         answer = subprocess.run(
             [sys.executable, __file__, *sys.argv[1:], "--folder", folder],

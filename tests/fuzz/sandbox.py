@@ -1,8 +1,10 @@
 """What an input under test may do: read, compute, and write inside one folder. Nothing else.
 
 An audit hook sees every file that is opened, every process, socket, library and piece of code. It
-cannot be taken off again, so it looks only while it is armed. Memory is bounded by the address
-space of the process, which counts what Python, torch and Rust ask for alike; time by an alarm.
+cannot be taken off again, so it looks only while it is armed. Time is bounded by alarms, memory
+twice: the peak of resident memory, which the kernel takes anew for every input, may grow by so
+much, and the address space of the process ends soon after. Both count what Python, torch and Rust
+ask for alike.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _NEVER = (
@@ -45,6 +47,9 @@ _COMPILERS = (
 )
 
 
+HANGS = 600.0  # seconds after which an input that does nothing counts as hung
+
+
 class Breach(BaseException):
     """Something forbidden was tried."""
 
@@ -53,33 +58,57 @@ class TooSlow(BaseException):
     """An input took too long."""
 
 
-class Sandbox:
-    """Watches everything that runs inside ``with sandbox.armed(seconds):``.
+class TooMuch(BaseException):
+    """An input took more memory than its size allows."""
 
-    Args:
-        folder: the only place where files may be changed.
+
+class Sandbox:
+    """Watches everything that runs inside ``with sandbox.armed(folder, seconds, most):``.
+
+    Attributes:
+        growth: bytes by which the last input raised resident memory at its peak.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder.resolve())
+    def __init__(self) -> None:
+        self.folder = os.devnull
         self.watching = False
         self.breaches: list[str] = []
+        self.growth = 0
         sys.addaudithook(self._audit)
-        signal.signal(signal.SIGALRM, self._late)
+        for kind in (signal.SIGALRM, signal.SIGPROF):
+            signal.signal(kind, self._late)
 
     @contextmanager
-    def armed(self, seconds: float) -> Iterator[None]:
-        """Watch one input, for so many seconds at most."""
+    def armed(self, folder: Path, seconds: float, most: int) -> Iterator[None]:
+        """Watch one input.
+
+        Args:
+            folder: the only place where files may be changed.
+            seconds: of the processor that it may take. On the clock it is :data:`HANGS`, which is
+                long: the machine may have other work.
+            most: bytes that it may ask for beyond what the process has.
+
+        Raises:
+            Breach, TooSlow, TooMuch: when the block is left, even if they were caught inside.
+        """
+        self.folder = os.path.realpath(folder)
         self.breaches.clear()
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        _forget_peak()
+        before = memory()
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, HANGS)
         self.watching = True
         try:
             yield
         finally:
             self.watching = False
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
+            self.growth = memory().peak - before.resident
         if self.breaches:  # whoever tried may have caught the exception
             raise Breach(self.breaches[0])
+        if self.growth > most:
+            raise TooMuch(f"{self.growth} bytes, {most} allowed")
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.watching:
@@ -132,14 +161,27 @@ def _of_annotations() -> bool:
     return frame.f_code.co_filename.endswith(_COMPILERS)
 
 
-def memory() -> tuple[int, int]:
-    """Address space and high-water mark of resident memory of this process, bytes."""
+class Memory(NamedTuple):
+    """Address space, resident memory and its peak since :func:`_forget_peak`, bytes."""
+
+    space: int
+    resident: int
+    peak: int
+
+
+def memory() -> Memory:
+    """What this process has."""
     with open("/proc/self/status", encoding="ascii") as file:  # noqa: PTH123
         rows = dict(line.split(":", 1) for line in file)
-    return int(rows["VmSize"].split()[0]) << 10, int(rows["VmHWM"].split()[0]) << 10
+    return Memory(*(int(rows[name].split()[0]) << 10 for name in ("VmSize", "VmRSS", "VmHWM")))
+
+
+def _forget_peak() -> None:
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:  # noqa: PTH123
+        file.write("5")
 
 
 def limit_memory(more: int) -> None:
     """Let this process ask for ``more`` bytes beyond what it has, and no more."""
-    most = memory()[0] + more
+    most = memory().space + more
     resource.setrlimit(resource.RLIMIT_AS, (most, most))

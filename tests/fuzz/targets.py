@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import random
 import shutil
+import tempfile
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -21,12 +23,14 @@ from typing import Any
 import rich.traceback  # noqa: F401  # typer imports it for its first error
 import torch
 from eval_grids import make_grid
-from mutate import damage_bytes, damage_json, damage_words
+from mutate import SWOLLEN, damage_bytes, damage_json, damage_words
 from safetensors.torch import save
+from typer.main import get_command
 
 import wina
-from wina import demo_model
+from wina import cli_options, demo_model
 from wina.bench import runs
+from wina.cli import app
 from wina.errors import WinaError
 from wina.eval import grid as eval_grid
 from wina.eval.report import grid as report_grid
@@ -40,21 +44,31 @@ TARGETS: dict[str, type[Target]] = {}
 
 
 class Target(ABC):
-    """A reader and the inputs it gets.
+    """A reader and the inputs it gets. One that has a share is fuzzed.
 
     Attributes:
         share: of all inputs.
-        seconds: what one input may take.
+        seconds: of the processor that one input may take.
+        spare: bytes that any input may take beside what its size allows.
+        size: of the last input, bytes.
     """
 
     share: float
     seconds = 5.0
+    spare = 8 << 20
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.size = 0
+
+    def make(self, rng: random.Random) -> Any:
+        """:meth:`prepare`, with its size."""
+        self.size = 0
+        return self.prepare(rng)
 
     def __init_subclass__(cls) -> None:
-        TARGETS[cls.__name__] = cls
+        if "share" in cls.__dict__:
+            TARGETS[cls.__name__] = cls
 
     @abstractmethod
     def prepare(self, rng: random.Random) -> Any:
@@ -68,6 +82,7 @@ class Target(ABC):
         """A file of this target."""
         path = self.folder / name
         path.write_bytes(data)
+        self.size += len(data)
         return path
 
 
@@ -119,8 +134,10 @@ class Plan(Target):
     def _other_tensors(self, rng: random.Random) -> bytes:
         """A sound file of unsound tensors."""
         tensors = dict(self.tensors)
-        for name in rng.sample(list(tensors), 2):
-            value = tensors[name]
+        if rng.random() < 4 * SWOLLEN:
+            tensors[rng.choice((*tensors, "other"))] = torch.zeros(rng.randint(1 << 18, 1 << 20))
+        for name in rng.sample(list(self.tensors), 2):
+            value = self.tensors[name]
             bad = value.clone()
             bad[rng.randrange(len(bad))] = rng.choice((torch.nan, torch.inf, -0.0, -2.0, 1e-42))
             tensors[name] = rng.choice(
@@ -158,7 +175,9 @@ class Config(Target):
             if rng.random() < 0.3:
                 spec = damage_bytes(rng.choice(self.specs).encode(), rng)[:200]
                 values[name] = spec.decode("utf-8", "replace")
-        return damage_json(values, rng) if rng.random() < 0.7 else values
+        values = damage_json(values, rng) if rng.random() < 0.7 else values
+        self.size = len(to_bytes(values))
+        return values
 
     def feed(self, prepared: Any) -> None:
         wina.SparsityConfig.from_dict(prepared).to_dict()
@@ -210,7 +229,7 @@ class Report(Target):
                     damage_bytes(raw, rng) if rng.random() < 0.2
                     else to_bytes(damage_json(json.loads(raw), rng))
                 )  # fmt: skip
-            path.write_bytes(raw)
+            self.write(str(path.relative_to(self.folder)), raw)
 
     def feed(self, prepared: None) -> None:
         report = summarise(report_grid.load(self.folder))
@@ -245,7 +264,7 @@ class Bench(Target):
 
 
 class Texts(Target):
-    """Documents, packed or not."""
+    """Documents, packed or not. A packed text has the size that it unpacks to."""
 
     share = 0.03
 
@@ -255,6 +274,7 @@ class Texts(Target):
         raw = b'{"text": "a\\u00e9 b"}\n{"page": "c"}\n' * 5
         kind = rng.choice(("a.jsonl", "a.jsonl.gz", "a.txt", "a.txt.gz"))
         raw = damage_bytes(raw, rng) if rng.random() < 0.5 else raw
+        self.size = len(raw)
         if kind.endswith("gz"):
             raw = gzip.compress(raw, 1, mtime=0)
             raw = damage_bytes(raw, rng) if rng.random() < 0.7 else raw
@@ -280,7 +300,7 @@ class Wheel(Target):
         self.raw = packed.getvalue()
 
     def prepare(self, rng: random.Random) -> None:
-        self.wheel.write_bytes(damage_bytes(self.raw, rng))
+        self.write(self.wheel.name, damage_bytes(self.raw, rng))
 
     def feed(self, prepared: None) -> None:
         with (
@@ -290,20 +310,56 @@ class Wheel(Target):
             demo_model.demo_model_folder(show_progress=False)
 
 
-class CommandLine(Target):
+class Words(Target):
     """Words after ``wina``: typer refuses, or the command does, or it works."""
 
-    share = 0.001
-    seconds = 60.0  # a whole calibration, if that is what the words ask for
+    lines: tuple[list[str], ...]
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.model = folder / "model"
-        tiny_model("llama", num_hidden_layers=1).save_pretrained(self.model)  # type: ignore[operator]
-        tiny_tokenizer().save_pretrained(self.model)
-        out, model = str(folder / "out"), str(self.model)
-        plan = str(folder / "plan")
-        self.lines = (
+        self.command = get_command(app)
+        self.lines = self.good()
+        for line in self.lines:  # loads the modules that commands import when they run
+            with suppress(WinaError):
+                self.feed(line)
+
+    @abstractmethod
+    def good(self) -> tuple[list[str], ...]:
+        """Command lines to damage."""
+
+    def prepare(self, rng: random.Random) -> list[str]:
+        words = damage_words(rng.choice(self.lines), rng)
+        self.size = sum(map(len, words))
+        return words
+
+    def feed(self, prepared: list[str]) -> None:
+        os.chdir(self.folder)  # a word that became the name of a file names one here
+        with (
+            _replaced(tempfile, "tempdir", str(self.folder)),
+            _replaced(demo_model, "_download", _no_network),
+            _replaced(runs, "machine_card", dict),  # asks git for the commit
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+        ):
+            try:
+                self.command(prepared, prog_name="wina")
+            except SystemExit as error:
+                if error.code not in (0, 1, 2, None):
+                    raise RuntimeError(f"exit code {error.code}") from None
+
+
+class CommandLine(Words):
+    """Commands that run to their end."""
+
+    share = 0.004
+    seconds = 60.0  # a whole calibration, if that is what the words ask for
+    spare = 192 << 20  # a model is loaded, a picture drawn
+
+    def good(self) -> tuple[list[str], ...]:
+        model, plan, out = (str(self.folder / name) for name in ("model", "plan", "out"))
+        tiny_model("llama", num_hidden_layers=1).save_pretrained(model)  # type: ignore[operator]
+        tiny_tokenizer().save_pretrained(model)
+        return (
             ["inspect", "--model", model, "--json"],
             ["calibrate", plan, "--model", model, "--tokens", "64", "--sparsity", "0.5",
              "--selector", "topk", "--mask", "group"],
@@ -315,27 +371,48 @@ class CommandLine(Target):
             ["bench", "plot", f"{out}.json", "--output", f"{out}.png"],
             ["demo-model", "gemma-3-270m"],
         )  # fmt: skip
-        for line in self.lines:  # loads the modules that commands import when they run
-            with suppress(WinaError):
-                self.feed(line)
 
-    def prepare(self, rng: random.Random) -> list[str]:
-        return damage_words(rng.choice(self.lines), rng)
+
+class Arguments(Words):
+    """Commands that are stopped where they would load a model: all that comes before."""
+
+    share = 0.05
+
+    def good(self) -> tuple[list[str], ...]:
+        from lm_eval.tasks import TaskManager  # what it imports compiles code of its own
+
+        self.index = TaskManager()  # of all tasks, made once instead of for every unknown name
+        return (
+            ["calibrate", "plan", "--model", "m", "--method", "teal", "--sparsity", "0.5",
+             "--selector", "topk", "--mask", "group", "--tokens", "64", "--text", "t.txt",
+             "--dtype", "float32", "--weight-dtype", "int8"],
+            ["generate", "ab", "--model", "m", "--plan", "p", "--max-new-tokens", "2",
+             "--temperature", "0.7", "--top-k", "5", "--seed", "1"],
+            ["export", "folder", "--model", "m", "--sparsity", "0.4", "--method", "wina"],
+            ["inspect", "--model", "m", "--plan", "p", "--json"],
+            ["recommend", "--model", "m", "--bytes", "0.4"],
+            ["recommend", "--model", "m", "--max-loss", "0.05"],
+            ["demo", "--model", "m", "--methods", "teal,wina", "--sparsities", "0.4,0.5",
+             "--picture", "p.png"],
+            ["bench", "decode", "--model", "m", "--methods", "wina,teal", "--sparsities", "0,0.5",
+             "--new-tokens", "4", "--rounds", "2", "--dtype", "float32"],
+            ["bench", "profile", "--model", "m", "--sparsities", "0,0.5"],
+            ["eval", "ppl", "--model", "m", "--text", "t.txt", "--tokens", "64", "--methods",
+             "wina,norm-power:0.5", "--sparsities", "0.5"],
+            ["eval", "--model", "m", "--methods", "dense,wina/selector=topk", "--sparsities", "0.4",
+             "--tasks", "perplexity,needle:64", "--set", "calibration_tokens=64,seed=1", "--output",
+             "o"],
+            ["eval", "frontier", "--model", "m", "--sparsities", "0,0.5", "--output", "o"],
+        )  # fmt: skip
 
     def feed(self, prepared: list[str]) -> None:
-        from wina.cli import app
+        import lm_eval.tasks
 
         with (
-            _replaced(demo_model, "_download", _no_network),
-            _replaced(runs, "machine_card", dict),  # asks git for the commit
-            redirect_stdout(io.StringIO()),
-            redirect_stderr(io.StringIO()),
+            _replaced(cli_options, "resolve_model", _no_network),
+            _replaced(lm_eval.tasks, "TaskManager", lambda: self.index),
         ):
-            try:
-                app(prepared, prog_name="wina")
-            except SystemExit as error:
-                if error.code not in (0, 1, 2, None):
-                    raise RuntimeError(f"exit code {error.code}") from None
+            super().feed(prepared)
 
 
 def _no_network(*_: object) -> Path:

@@ -25,9 +25,10 @@ model.generate(random_tokens(8)[None], max_new_tokens=4)
 """
 
 
-def run(code: str, **environment: str) -> str:
+def run(code: str, folder: Path | None = None, /, **environment: str) -> str:
     answer = subprocess.run(
         [sys.executable, "-c", code],
+        cwd=folder,
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
@@ -129,3 +130,67 @@ def test_one_openmp_runtime_is_mapped() -> None:
         "print(sorted({line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line}))"
     )
     assert maps.splitlines()[-1].count("gomp") <= 1
+
+
+SPY = """#!/bin/sh
+[ "$1" = --version ] && exit 0
+{ pwd; stat -c %a .; for word in "$@"; do echo "$word"; done; } > {log}
+exit 1
+"""
+
+
+def test_the_build_takes_nothing_from_the_working_directory(
+    tmp_path: Path, no_compiler: dict[str, str]
+) -> None:
+    """Sources, headers and objects have absolute paths; the compiler's own folder is private."""
+    log, here = tmp_path / "log", tmp_path / "here"
+    here.mkdir()
+    compiler = tmp_path / "bin" / "g++"
+    compiler.write_text(SPY.replace("{log}", str(log)))
+    compiler.chmod(0o755)
+    run(LOAD, here, **{**no_compiler, "PATH": f"{compiler.parent}:/bin:/usr/bin"})
+    where, mode, *words = log.read_text().splitlines()
+    assert Path(where).parent == tmp_path / "cache" / "cpu"
+    assert mode == "700"
+    paths = [
+        word.removeprefix("-I") for word in words if "/" in word or word.endswith((".cpp", ".o"))
+    ]
+    assert len(paths) >= 4
+    assert all(Path(path).is_absolute() for path in paths)
+    assert list(here.iterdir()) == []
+    assert list(Path(where).parent.iterdir()) == []  # the private folder is gone
+
+
+@pytest.mark.parametrize("path", [".", "", "bin"])
+def test_a_compiler_of_the_working_directory_is_not_run(
+    tmp_path: Path, no_compiler: dict[str, str], path: str
+) -> None:
+    """As a relative PATH entry, or none, would have it; nor is a library that lies there loaded."""
+    compiler = tmp_path / "bin" / "g++"
+    compiler.write_text(f"#!/bin/sh\n/bin/touch {tmp_path}/ran\nexit 1\n")
+    compiler.chmod(0o755)
+    here = tmp_path if path == "bin" else tmp_path / "bin"
+    (here / "wina.so").write_bytes(b"\x7fELF")
+    assert "no C++ compiler" in run(LOAD, here, **{**no_compiler, "PATH": path})
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no native kernels there")
+def test_a_compiler_that_takes_too_long_leaves_no_child(tmp_path: Path) -> None:
+    note = tmp_path / "child"
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {note}\nwait\n")
+    compiler.chmod(0o755)
+    with pytest.raises(build._BuildError, match="took more than 1 s"):
+        build._run([str(compiler)], timeout=1)
+    child = int(note.read_text())
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail(f"the compiler's child {child} still runs")

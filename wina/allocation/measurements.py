@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from wina.files import write_atomically
+from wina.files import read_json, write_atomically
 
 
 class Measurements:
@@ -58,7 +58,7 @@ class Measurements:
         if self.folder is None:
             return None
         try:
-            saved = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
+            saved = read_json(self.folder / f"{key}.json")
         except (OSError, ValueError):  # nothing there, or not whole: it is measured again
             return None
         fits = isinstance(saved, dict) and saved.get("about") == document
