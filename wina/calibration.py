@@ -185,7 +185,7 @@ def calibrate(
     if config.sparsity == 0.0:
         return plan
     if config.refinement_spec != NO_REFINEMENT:
-        plan = refine(model, plan, refinement, text, show_progress)
+        plan = refine(model, plan, refinement, text, windows, show_progress)
     correction = config.make_correction()
     return learn(model, plan, correction, windows, show_progress) if correction.learns else plan
 

@@ -40,11 +40,11 @@ class LearnedThresholds(Refinement):
 
     def __init__(
         self,
-        steps: float = 40,
+        steps: float = 24,
         rate: float = 0.03,
         channels: float = 0.02,
         batch: float = 512,
-        text: float = 20480,
+        text: float = 12288,
     ) -> None:
         self.steps = whole("steps", steps)
         self.rate = share("rate", rate)
