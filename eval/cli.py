@@ -218,6 +218,9 @@ def eval_ppl(
     correction: Annotated[
         str | None, typer.Option(help="Such as none, bias or learned; default: the method's.")
     ] = None,
+    refinement: Annotated[
+        str | None, typer.Option(help="Such as none or learned; default: the method's.")
+    ] = None,
     mask: Annotated[str, typer.Option(help="projection or group.")] = "projection",
     statistics: Annotated[str, typer.Option(help="sequential or dense.")] = "sequential",
     prefill: Annotated[str, typer.Option(help="all or last:<share>.")] = "all",
@@ -243,6 +246,7 @@ def eval_ppl(
         settings={
             "selector": selector,
             "correction": correction,
+            "refinement": refinement,
             "mask": mask,
             "statistics": statistics,
             "calibration_tokens": calibration_tokens,

@@ -11,9 +11,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import wina
 from wina import SparsityConfig, SparsityPlan, calibrate
+from wina.patch import prefill_protocol
+from wina.prefill import Prefill
 from wina.testing import TINY, random_tokens, tiny_model
 
 ARCHITECTURES = list(TINY)
@@ -72,6 +76,17 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
     with torch.no_grad():
         output: Tensor = model(tokens).logits
     return output
+
+
+def divergence(model: nn.Module, plan: SparsityPlan, ids: Tensor) -> float:
+    """KL(dense ‖ sparse) over the sparse tokens, nats."""
+    wina.sparsify(model, plan)
+    with torch.no_grad(), prefill_protocol(model, Prefill(1.0, 2)):
+        sparse = model(input_ids=ids).logits[:, 2:].log_softmax(-1)
+        with wina.dense(model):
+            dense = model(input_ids=ids).logits[:, 2:].log_softmax(-1)
+    wina.restore(model)
+    return float(F.kl_div(sparse, dense, reduction="sum", log_target=True)) / ids.numel()
 
 
 def decode_logits(model: nn.Module, tokens: Tensor, prompt: int = 8) -> Tensor:

@@ -125,6 +125,7 @@ def test_bundled_text_is_the_default(llama: nn.Module) -> None:
         "tokens": 1024,
         "criterion": "l2-norm",
         "allocation": "uniform",
+        "refinement": "none",
         "correction": "none",
         "rotation": "none",
     }

@@ -49,6 +49,8 @@ from wina.projections import (
     group_members,
     model_type_of,
 )
+from wina.refinement import NO_REFINEMENT
+from wina.refining import refine
 from wina.rotation import check_rotation, rotation_of
 from wina.scores import ChannelScores, rounded
 from wina.statistics import ScoreHistogram
@@ -98,12 +100,14 @@ def calibrate(
         )
     check_rotation(model, config.rotation_spec)
     projections = find_projections(model)
-    windows = to_windows(
+    refinement = config.make_refinement()
+    text = to_windows(
         bundled("calibration") if texts is None else texts,
         tokenizer,
         config.window,
-        config.calibration_tokens,
+        max(config.calibration_tokens, refinement.text),
     )
+    windows = to_windows(text, None, config.window, config.calibration_tokens)
     if windows.shape[1] <= config.sink_tokens + 1:
         raise CalibrationError(f"the text is too short: {windows.numel()} tokens")
     units = _units(projections, config)
@@ -167,6 +171,7 @@ def calibrate(
             "tokens": windows.numel(),
             "criterion": config.criterion_spec,
             "allocation": config.allocation_spec,
+            "refinement": config.refinement_spec,
             "correction": config.correction_spec,
             "rotation": rotation_of(model),
         },
@@ -177,10 +182,12 @@ def calibrate(
             for projection in roles
         },
     )
-    correction = config.make_correction()
-    if not correction.learns or config.sparsity == 0.0:
+    if config.sparsity == 0.0:
         return plan
-    return learn(model, plan, correction, windows, show_progress)
+    if config.refinement_spec != NO_REFINEMENT:
+        plan = refine(model, plan, refinement, text, windows, show_progress)
+    correction = config.make_correction()
+    return learn(model, plan, correction, windows, show_progress) if correction.learns else plan
 
 
 def _tell_what_stays_dense(

@@ -14,6 +14,7 @@ from wina.errors import ConfigError
 from wina.kernels.quantization import FORMATS
 from wina.methods import METHODS
 from wina.prefill import Prefill, parse_prefill
+from wina.refinement import NO_REFINEMENT, REFINEMENTS, Refinement
 from wina.registry import create
 from wina.rotation import NO_ROTATION, ROTATIONS
 from wina.selectors import SELECTORS, Selector
@@ -34,6 +35,8 @@ class SparsityConfig:
             ``"relative"``, ``"topk"`` or ``"statistical"``.
         allocation: overrides the method's.
         correction: overrides the method's, such as ``"bias"``.
+        refinement: overrides the method's: how thresholds are improved once they are calibrated,
+            such as ``"learned"``.
         mask: ``"projection"`` (each its own) or ``"group"`` (q, k, v share one, and gate, up).
         prefill: ``"dense"``, ``"all"`` or ``"last:<share>"``, see :mod:`wina.prefill`.
         sink_tokens: first tokens of a sequence that stay dense outside of decode.
@@ -55,6 +58,7 @@ class SparsityConfig:
     selector: str | None = None
     allocation: str | None = None
     correction: str | None = None
+    refinement: str | None = None
     mask: str = "projection"
     prefill: str = "dense"
     sink_tokens: int = 2
@@ -100,8 +104,23 @@ class SparsityConfig:
             )
         if method.gate_mask and self.mask != "projection":
             raise ConfigError(f"method {self.method!r} has masks of its own: mask='projection'")
+        self._check_refinement()
         self.make_selector()
         self.make_prefill()
+
+    def _check_refinement(self) -> None:
+        """Refined thresholds are those of each projection, and fixed: nothing else may use them."""
+        self.make_refinement()
+        if self.refinement_spec == NO_REFINEMENT:
+            return
+        wanted = {
+            "selector 'threshold'": self.selector_spec == "threshold",
+            "mask 'projection'": self.mask == "projection" and not METHODS[self.method].gate_mask,
+            "a correction that is learned or 'none'": self.make_correction().fit() is None,
+        }
+        for what, holds in wanted.items():
+            if not holds:
+                raise ConfigError(f"refinement {self.refinement_spec!r} needs {what}")
 
     @property
     def criterion_spec(self) -> str:
@@ -128,6 +147,11 @@ class SparsityConfig:
         """The correction in use: the field, or else the method's."""
         return self.correction or METHODS[self.method].correction
 
+    @property
+    def refinement_spec(self) -> str:
+        """The refinement in use: the field, or else the method's."""
+        return self.refinement or METHODS[self.method].refinement
+
     def make_criterion(self, role: str = "") -> Criterion:
         """The criterion of a projection, by the last part of its name."""
         return create(CRITERIA, self.criterion or METHODS[self.method].criterion_of(role))
@@ -139,6 +163,10 @@ class SparsityConfig:
     def make_correction(self) -> Correction:
         """The correction."""
         return create(CORRECTIONS, self.correction_spec)
+
+    def make_refinement(self) -> Refinement:
+        """The refinement."""
+        return create(REFINEMENTS, self.refinement_spec)
 
     def make_selector(self) -> Selector:
         """The selector."""

@@ -1,8 +1,8 @@
-"""Methods: published names for combinations of criterion, allocation, correction and rotation.
+"""Methods: published names for combinations of criterion, allocation, correction and the like.
 
-A method is a row here; what it does stands in ``criteria/``, ``allocation/``, ``corrections/`` and
-``rotation/``. What a method has to compute before it can decide is said by its parts
-(:attr:`Method.needs`); at run time all of them cost one threshold per channel, and what their
+A method is a row here; what it does stands in ``criteria/``, ``allocation/``, ``refinement/``,
+``corrections/`` and ``rotation/``. What a method has to compute before it can decide is said by its
+parts (:attr:`Method.needs`); at run time all of them cost one threshold per channel, and what their
 correction and rotation add.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from wina.allocation import ALLOCATIONS
 from wina.corrections import CORRECTIONS
 from wina.needs import Needs, most
+from wina.refinement import NO_REFINEMENT, REFINEMENTS
 from wina.registry import Registry, create
 from wina.rotation import NO_ROTATION
 
@@ -31,6 +32,7 @@ class Method:
         source: paper and what it is.
         dense: whether it drops nothing.
         selector: where the cut-off comes from.
+        refinement: what improves the thresholds of all projections together afterwards.
         correction: what is added for the channels that are left out.
         rotation: what :func:`wina.rotate` must have done to the model; its products, two
             [hidden, hidden] a layer, are read for every token unless its basis is shared.
@@ -45,6 +47,7 @@ class Method:
     dense: bool = False
     selector: str = "threshold"
     correction: str = "none"
+    refinement: str = NO_REFINEMENT
     rotation: str = NO_ROTATION
     criteria: Mapping[str, str] = field(default_factory=dict)
     gate_mask: bool = False
@@ -55,9 +58,11 @@ class Method:
 
     @property
     def needs(self) -> Needs:
-        """What its allocation policy and its correction have to compute."""
+        """What its allocation policy, its refinement and its correction have to compute."""
         return most(
-            create(ALLOCATIONS, self.allocation).needs, create(CORRECTIONS, self.correction).needs
+            create(ALLOCATIONS, self.allocation).needs,
+            create(REFINEMENTS, self.refinement).needs,
+            create(CORRECTIONS, self.correction).needs,
         )
 
 
@@ -117,5 +122,13 @@ METHODS.register("wisparse")(
 )
 METHODS.register("wina-plus")(
     Method("norm-power:0.5", "fisher", "|x|·‖W‖₂^½, bytes spent where the loss asks for it")
+)
+METHODS.register("wina-learned")(
+    Method(
+        "norm-power:0.5",
+        "fisher",
+        "wina-plus, then the thresholds of all channels learned by KL with frozen weights: minutes",
+        refinement="learned",
+    )
 )
 METHODS.register("random")(Method("random", "uniform", "random channels, a lower bound"))

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Needs(StrEnum):
-    """What an allocation policy or a correction has to compute, from free to dear."""
+    """What an allocation policy, a refinement or a correction has to compute, from free to dear."""
 
     NOTHING = "nothing"
     ACTIVATIONS = "activations of the dense model, and its blocks run again sparse"

@@ -4,25 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import CALIBRATION, config, plan_for
-from torch import Tensor, nn
+from conftest import CALIBRATION, config, divergence, plan_for
+from torch import nn
 
 import wina
 from wina.corrections import Learned, Lesson
-from wina.patch import prefill_protocol
-from wina.prefill import Prefill
-
-
-def divergence(model: nn.Module, plan: wina.SparsityPlan, ids: Tensor) -> float:
-    """KL(dense ‖ sparse) over the sparse tokens, nats."""
-    wina.sparsify(model, plan)
-    with torch.no_grad(), prefill_protocol(model, Prefill(1.0, 2)):
-        sparse = model(input_ids=ids).logits[:, 2:].log_softmax(-1)
-        with wina.dense(model):
-            dense = model(input_ids=ids).logits[:, 2:].log_softmax(-1)
-    wina.restore(model)
-    return float(F.kl_div(sparse, dense, reduction="sum", log_target=True)) / ids.numel()
 
 
 @pytest.mark.parametrize("width", [None, "int8"])

@@ -1,0 +1,183 @@
+"""Learned thresholds: true slopes, a met budget, a lower divergence, a model left as it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CALIBRATION, config, divergence, plan_for
+from torch import Tensor, nn
+
+import wina
+from wina.errors import ConfigError
+from wina.inspection import measure_sparsity
+from wina.plan import SparsityPlan, weighted_mean
+from wina.refinement import Exercise, LearnedThresholds, Refinement, Slopes
+from wina.refining import _Mask, refine
+
+QUICK = "learned:steps=12:rate=0.1:channels=0.05:batch=256:text=2048"
+
+
+class Analytic:
+    """A loss and a reading that are known: Σ a·t² and Σ r/(1 + t)."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(3)
+        self.costs = {"a": torch.rand(8) + 0.1, "b": 5.0 * torch.rand(4) + 0.5}
+        self.reads = {"a": torch.full((8,), 0.75 / 8), "b": torch.full((4,), 0.25 / 4)}
+        self.logs = {name: torch.zeros_like(cost) for name, cost in self.costs.items()}
+
+    def slopes(self, _: Tensor) -> Slopes:
+        t = {name: logs.exp() for name, logs in self.logs.items()}
+        return Slopes(
+            float(sum((self.costs[n] * t[n] ** 2).sum() for n in t)),
+            float(sum((self.reads[n] / (1 + t[n])).sum() for n in t)),
+            {n: 2 * self.costs[n] * t[n] ** 2 for n in t},
+            {n: -self.reads[n] * t[n] / (1 + t[n]) ** 2 for n in t},
+        )
+
+
+def test_the_marginal_loss_of_a_byte_becomes_equal_at_the_same_budget() -> None:
+    known = Analytic()
+    before = known.slopes(torch.empty(0))
+    exercise = Exercise(CALIBRATION.reshape(16, 128), known.logs, before.read, known.slopes)
+    LearnedThresholds(steps=150, rate=0.05, channels=0.05).refine(exercise)
+    after = known.slopes(torch.empty(0))
+    assert abs(after.read - before.read) < 0.01
+    assert after.loss < 0.9 * before.loss
+    prices = torch.cat([-after.of_loss[name] / after.of_read[name] for name in known.logs])
+    assert prices.max() / prices.min() < 1.3
+    first = torch.cat([-before.of_loss[name] / before.of_read[name] for name in known.logs])
+    assert first.max() / first.min() > 5.0
+
+
+def test_slopes_are_those_of_moved_thresholds() -> None:
+    """A loss that is linear in the masked inputs, whose change can be counted."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 200_002, 3)
+    g = torch.sign(x) * torch.tensor([1.0, -2.0, 0.5])
+    mask = _Mask(torch.tensor([0.5, 0.8, 1.5]).log(), share=0.25, sink_tokens=2)
+    inputs = x.clone().requires_grad_()
+    (masked,) = mask.before(nn.Identity(), (inputs,))
+    ((masked * g)[:, 2:].sum() / 200_000).backward()
+
+    def at(step: float, of: Tensor) -> Tensor:
+        keep = x[:, 2:].abs() > (mask.logs + step).exp()
+        return (of[:, 2:] * keep).sum((0, 1)) / 200_000
+
+    torch.testing.assert_close(masked[:, :2], x[:, :2])
+    torch.testing.assert_close(masked.count_nonzero() - 6, (masked[:, 2:] != 0).sum())
+    loss = (at(0.15, x * g) - at(-0.15, x * g)) / 0.3
+    torch.testing.assert_close(mask.of_loss, loss, rtol=0.05, atol=0.002)
+    read = (at(0.15, torch.ones_like(x)) - at(-0.15, torch.ones_like(x))) / 0.3 * 0.25 / 3
+    torch.testing.assert_close(mask.of_read, read, rtol=0.05, atol=1e-4)
+    assert mask.read == pytest.approx(0.25 * float(at(0.0, torch.ones_like(x)).mean()), rel=1e-6)
+    kept = x[:, 2:].abs() > mask.logs.exp()
+    torch.testing.assert_close(inputs.grad[:, 2:], (g[:, 2:] * kept) / 200_000)  # type: ignore[index]
+
+
+def test_learning_lowers_the_divergence_at_the_same_bytes(llama: nn.Module) -> None:
+    ids = CALIBRATION.reshape(-1, 128)
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+    settings = {"sparsity": 0.6, "calibration_tokens": 2048}
+    plain = plan_for(llama, **settings)
+    learned = plan_for(llama, refinement=QUICK, **settings)
+    assert all(torch.equal(before[name], value) for name, value in llama.state_dict().items())
+    assert all(p.requires_grad for p in llama.parameters())
+    assert not any(m._forward_pre_hooks for m in llama.modules())
+    assert divergence(llama, learned, ids) < 0.9 * divergence(llama, plain, ids)
+    wina.sparsify(llama, learned, prefill="all", backend="reference")
+    with measure_sparsity(llama) as counter, torch.no_grad():
+        llama(input_ids=ids)
+    assert abs(counter.mean - 0.6) < 0.002
+    assert learned.realised == pytest.approx(counter.mean, abs=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"weight_dtype": "int8"}, {"correction": "learned:steps=2"}])
+def test_goes_with_other_parts(llama: nn.Module, settings: dict[str, str]) -> None:
+    plan = plan_for(llama, refinement=QUICK, sparsity=0.5, **settings)
+    assert abs(plan.realised - 0.5) < 0.002
+    assert plan.config.refinement_spec == plan.calibration["refinement"] == QUICK
+
+
+def test_every_architecture_is_refined(model: nn.Module) -> None:
+    plan = plan_for(model, refinement="learned:steps=2:batch=128:text=512", sparsity=0.5)
+    layers = plan.layers
+    share = weighted_mean(
+        [layer.projection for layer in layers.values()],
+        {name: layer.realised for name, layer in layers.items()},
+    )
+    assert abs(share - 0.5) < 0.01
+
+
+class Scatter(Refinement):
+    """Moves every threshold by another amount."""
+
+    def refine(self, exercise: Exercise) -> None:
+        for logs in exercise.logs.values():
+            logs += torch.linspace(-1.0, 2.0, len(logs))
+
+
+def test_the_budget_is_met_whatever_was_moved_and_fixed_channels_stay(llama: nn.Module) -> None:
+    ids = CALIBRATION.reshape(-1, 128)
+    plan = plan_for(llama, sparsity=0.5, calibration_tokens=2048)
+    name, *_ = plan.layers
+    fixed = plan.layers[name].threshold.clone()
+    fixed[0], fixed[1] = -1.0, torch.inf
+    plan = replace(plan, layers={**plan.layers, name: replace(plan.layers[name], threshold=fixed)})
+    found = refine(llama, plan, Scatter(), ids[:2], ids, show_progress=False)
+    assert abs(found.realised - 0.5) < 0.002
+    threshold = found.layers[name].threshold
+    assert threshold[0] == -1.0
+    assert threshold[1] == torch.inf
+    ratio = (threshold[2:] / fixed[2:]).log().diff()
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 3.0 / (len(fixed) - 1)))
+
+
+def test_the_kernels_read_what_was_learned(llama: nn.Module, tmp_path: Path) -> None:
+    plan = plan_for(llama, refinement=QUICK)
+    loaded = SparsityPlan.load(plan.save(tmp_path))
+    wina.sparsify(llama, loaded)
+    for name, layer in plan.layers.items():
+        assert torch.equal(llama.get_submodule(name).threshold, layer.threshold)
+
+
+def test_is_reproducible(llama: nn.Module) -> None:
+    first, second = (plan_for(llama, refinement="learned:steps=3:text=512") for _ in range(2))
+    for name, layer in first.layers.items():
+        assert torch.equal(second.layers[name].threshold, layer.threshold)
+
+
+def test_a_failure_leaves_a_dense_model(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object, exercise: Exercise) -> None:
+        exercise.slopes(CALIBRATION[None, :64])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LearnedThresholds, "refine", fail)
+    with pytest.raises(KeyboardInterrupt):
+        plan_for(llama, refinement="learned")
+    assert not wina.patch.is_patched(llama)
+    assert all(p.requires_grad for p in llama.parameters())
+    assert not any(m._forward_pre_hooks for m in llama.modules())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"selector": "topk"}, "selector 'threshold'"),
+        ({"mask": "group"}, "mask 'projection'"),
+        ({"method": "cats"}, "mask 'projection'"),
+        ({"correction": "bias"}, "a correction that is learned"),
+    ],
+)
+def test_what_cannot_be_refined_is_refused(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(refinement="learned", **settings)
+
+
+def test_sparsity_zero_learns_nothing(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wina.calibration, "refine", None)
+    plan = plan_for(llama, sparsity=0.0, refinement="learned")
+    assert all(bool((layer.threshold == -1.0).all()) for layer in plan.layers.values())

@@ -1,0 +1,116 @@
+"""Thresholds learned through the whole sparse model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from wina.needs import Needs
+from wina.progress import progress
+from wina.refinement.base import REFINEMENTS, Exercise, Refinement
+from wina.registry import share, whole
+
+_FIRST, _SECOND = 0.9, 0.98  # decay of Adam's moments
+_WARM_UP = 5  # steps in which the rate rises
+_GAIN = 0.3  # of a batch's distance from the budget, the part that is made up for at once
+
+
+@REFINEMENTS.register("learned")
+class LearnedThresholds(Refinement):
+    """t that lower KL(dense ‖ sparse) at the same bytes, weights frozen.
+
+    log t_j of channel j of a projection is moved by u + v_j: u spends bytes on another projection
+    and v_j on another channel of it (the factor c_j of its score). The loss that is descended is
+    KL + λ·read. λ is the price at which scaling all thresholds at once gains nothing, taken from
+    the slopes of the last batches, so no step is wasted on reading more; what each batch reads
+    above the budget is taken back by such a scaling. Adam, with one second moment for all channels
+    of a projection: the channels that matter little move little, whatever their noise.
+
+    Args:
+        steps: of Adam.
+        rate: of u, at first; it falls to zero.
+        channels: the same of v.
+        batch: calibration tokens in one step.
+        text: calibration tokens to read, where there are as many.
+    """
+
+    needs = Needs.EVALUATIONS
+
+    def __init__(
+        self,
+        steps: float = 24,
+        rate: float = 0.03,
+        channels: float = 0.02,
+        batch: float = 512,
+        text: float = 12288,
+    ) -> None:
+        self.steps = whole("steps", steps)
+        self.rate = share("rate", rate)
+        self.channels = share("channels", channels)
+        self.batch = whole("batch", batch)
+        self.text = whole("text", text)
+
+    def refine(self, exercise: Exercise) -> None:
+        """Take the steps, each on other windows until all were read."""
+        batches = self._batches(exercise.windows)
+        shared = {name: _Adam() for name in exercise.logs}
+        single = {name: _Adam() for name in exercise.logs}
+        loss_slope, read_slope = _Mean(), _Mean()
+        with progress("learning thresholds", self.steps, exercise.show_progress) as advance:
+            for step in range(self.steps):
+                rate = min(1.0, (step + 1) / _WARM_UP) * (1.0 - step / self.steps)
+                slopes = exercise.slopes(batches[step % len(batches)])
+                # What moving all logs by 1 does.
+                lost = loss_slope.add(_total(slopes.of_loss.values()))
+                saved = max(-read_slope.add(_total(slopes.of_read.values())), 1e-6)
+                price = max(0.0, lost / saved)
+                back = _GAIN * (exercise.read - slopes.read) / saved
+                for name, logs in exercise.logs.items():
+                    slope = slopes.of_loss[name] + price * slopes.of_read[name]
+                    u = self.rate * shared[name].direction(slope.sum())
+                    v = self.channels * single[name].direction(slope)
+                    logs -= rate * (u + v) + back
+                advance()
+
+    def _batches(self, windows: Tensor) -> list[Tensor]:
+        """Windows of at most ``batch`` tokens in all, in an order that mixes the documents."""
+        length = min(self.batch, windows.shape[1])
+        pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+        order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))
+        return list(pieces[order].split(max(1, self.batch // length)))
+
+
+class _Adam:
+    """The direction of Adam, with one second moment for the whole tensor."""
+
+    def __init__(self) -> None:
+        self.first: Tensor | float = 0.0
+        self.second: Tensor | float = 0.0
+        self.steps = 0
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """Take a gradient in; what a rate of 1 would subtract."""
+        self.steps += 1
+        self.first = _FIRST * self.first + (1 - _FIRST) * gradient
+        self.second = _SECOND * self.second + (1 - _SECOND) * gradient.square().mean()
+        mean = self.first / (1 - _FIRST**self.steps)
+        spread = (self.second / (1 - _SECOND**self.steps)).sqrt()
+        return mean / spread.clamp_min(1e-12)
+
+
+class _Mean:
+    """A running mean of numbers, the last ones counting most."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+
+    def add(self, number: float) -> float:
+        """Take one more in; the mean."""
+        self.value = number if self.value is None else _FIRST * self.value + (1 - _FIRST) * number
+        return self.value
+
+
+def _total(slopes: Iterable[Tensor]) -> float:
+    return sum(float(slope.sum()) for slope in slopes)

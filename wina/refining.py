@@ -1,0 +1,245 @@
+"""A calibrated plan with thresholds refined, and its budget met again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wina.allocation.gradients import frozen
+from wina.inspection import measure_sparsity
+from wina.kernels.reference import mask_inputs
+from wina.linear import SparseLinear
+from wina.patch import apply_plan, restore
+from wina.plan import ProjectionPlan, SparsityPlan, weighted_mean
+from wina.prefill import Prefill
+from wina.progress import progress
+from wina.projections import decoder_of
+from wina.refinement import Exercise, Refinement, Slopes
+
+# A threshold's slope is read off the inputs within this distance of it, in log |x|: a triangle as
+# wide takes in a fifth of the tokens, and a mask within it differs by little.
+_WIDTH = 0.3
+# The realised share on the calibration text is met to this.
+_TOLERANCE = 1e-3
+_TRIES = 6
+_BATCH = 4  # windows in a forward pass that counts
+
+
+def refine(
+    model: nn.Module,
+    plan: SparsityPlan,
+    refinement: Refinement,
+    text: Tensor,
+    windows: Tensor,
+    show_progress: bool,
+) -> SparsityPlan:
+    """The plan with the thresholds that a refinement finds, scaled to the plan's budget.
+
+    The masks are put on the dense model, whose weights are not rounded meanwhile and whose fused
+    experts stay dense; the budget is met in the sparse model as it will be.
+
+    Args:
+        model: dense; it is run and left as it was.
+        plan: calibrated for it, with one cut-off for all tokens.
+        refinement: moves the thresholds.
+        text: calibration tokens [windows, S] for the refinement.
+        windows: calibration tokens [windows, S] on which the budget is met.
+        show_progress: draw progress bars on stderr.
+    """
+    device = next(model.parameters()).device
+    windows, text = windows.to(device), text.to(device)
+    layers = plan.layers
+    logs = {name: layer.threshold.clamp_min(0.0).log().to(device) for name, layer in layers.items()}
+    start = {name: log.clone() for name, log in logs.items()}
+    asked = weighted_mean(
+        [layer.projection for layer in layers.values()],
+        {name: layer.sparsity for name, layer in layers.items()},
+    )
+    masks = _masks(plan, logs)
+
+    def slopes(ids: Tensor) -> Slopes:
+        with torch.no_grad():
+            dense = _log_probabilities(model, ids, plan)
+        with _masked(model, masks):
+            sparse = _log_probabilities(model, ids, plan)
+            loss = F.kl_div(sparse, dense, reduction="batchmean", log_target=True)
+            loss.backward()
+        return Slopes(
+            float(loss.detach()),
+            sum(mask.read for mask in masks.values()),
+            {name: mask.of_loss for name, mask in masks.items()},
+            {name: mask.of_read for name, mask in masks.items()},
+        )
+
+    with frozen(model):
+        refinement.refine(Exercise(text, logs, 1.0 - asked, slopes, show_progress))
+    return _settled(model, _moved(plan, start, logs), asked, windows, show_progress)
+
+
+def _log_probabilities(model: nn.Module, ids: Tensor, plan: SparsityPlan) -> Tensor:
+    """Of the tokens of windows [B, S] that are sparse in the sparse model, [T, vocabulary]."""
+    output: Any = model(input_ids=ids, use_cache=False)
+    logits: Tensor = output.logits[:, Prefill(1.0, plan.config.sink_tokens).start(ids.shape[1]) :]
+    return logits.float().log_softmax(-1).flatten(0, 1)
+
+
+class _Mask:
+    """The mask of one projection, and its slopes once it was run forwards and backwards.
+
+    Attributes:
+        logs: log t [K].
+        share: of the model's projection weights, this projection's.
+        read: share of the model's projection weights that it let through.
+        of_loss, of_read: see :class:`Slopes`.
+    """
+
+    def __init__(self, logs: Tensor, share: float, sink_tokens: int) -> None:
+        self.logs = logs
+        self.share = share
+        self.prefill = Prefill(1.0, sink_tokens)
+        self.read = 0.0
+        self.of_loss = self.of_read = torch.zeros_like(logs)
+
+    def before(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Mask the input of the projection."""
+        x = arguments[0]
+        start = self.prefill.start(x.shape[-2])
+        masked: Tensor = _Masking.apply(x[..., start:, :], self)  # type: ignore[no-untyped-call]
+        return (torch.cat([x[..., :start, :], masked], dim=-2), *arguments[1:])
+
+
+class _Masking(torch.autograd.Function):
+    """x with small channels at zero. Its backward also gives the slopes of the thresholds.
+
+    Raising log t_j by ε drops the tokens with log t_j < log|x_j| ≤ log t_j + ε, and each costs
+    −x_j·∂loss/∂(what is kept of x_j) to first order: that derivative is estimated with a kernel
+    around the threshold.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: _Mask) -> Tensor:
+        threshold = mask.logs.exp()
+        ctx.mask = mask
+        ctx.save_for_backward(x, threshold)
+        return mask_inputs(x, threshold)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        x, threshold = ctx.saved_tensors
+        mask: _Mask = ctx.mask
+        size = x.abs().float()
+        distance = size.clamp_min(1e-30).log_().sub_(mask.logs).div_(_WIDTH).abs_()
+        near = distance.neg_().add_(1.0).clamp_min_(0.0).div_(_WIDTH).flatten(0, -2)
+        lost = (gradient * x).flatten(0, -2).float()
+        mask.of_loss = -(near * lost).sum(0)
+        mask.of_read = near.mean(0) * (-mask.share / x.shape[-1])
+        keep = size > threshold
+        mask.read = mask.share * float(keep.float().mean())
+        return gradient * keep, None
+
+
+def _masks(plan: SparsityPlan, logs: Mapping[str, Tensor]) -> dict[str, _Mask]:
+    weights = {name: layer.projection.weights for name, layer in plan.layers.items()}
+    total = sum(weights.values())
+    return {
+        name: _Mask(logs[name], weights[name] / total, plan.config.sink_tokens) for name in logs
+    }
+
+
+@contextmanager
+def _masked(model: nn.Module, masks: Mapping[str, _Mask]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, mask in masks.items():
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_pre_hook(mask.before).remove)
+        yield
+
+
+def _moved(
+    plan: SparsityPlan, start: Mapping[str, Tensor], logs: Mapping[str, Tensor]
+) -> SparsityPlan:
+    """The plan with the moved thresholds; those that keep or drop always are the very same."""
+
+    def moved(name: str, layer: ProjectionPlan) -> ProjectionPlan:
+        learned = start[name].isfinite().cpu()
+        by = (logs[name] - start[name]).cpu()[learned]
+        threshold = torch.where(learned, logs[name].exp().cpu(), layer.threshold)
+        # Channels have factors of their own now; the cut-off goes with their geometric mean.
+        cutoff = layer.cutoff * math.exp(float(by.mean())) if len(by) else layer.cutoff
+        return replace(layer, threshold=threshold, cutoff=cutoff)
+
+    return replace(plan, layers={name: moved(name, layer) for name, layer in plan.layers.items()})
+
+
+def _settled(
+    model: nn.Module, plan: SparsityPlan, asked: float, windows: Tensor, show_progress: bool
+) -> SparsityPlan:
+    """The plan with all thresholds scaled by one factor, so that ``asked`` is realised.
+
+    Found by secants on log factor, in the sparse model.
+    """
+    projections = [layer.projection for layer in plan.layers.values()]
+    apply_plan(model, plan, prefill="all", backend="reference", keep_original=True)
+    try:
+        modules = {m.name: m for m in model.modules() if isinstance(m, SparseLinear)}
+        device = next(model.parameters()).device
+        steps = _TRIES * len(windows.split(_BATCH))
+
+        def realised(log_factor: float) -> Mapping[str, float]:
+            for name, layer in plan.layers.items():
+                modules[name].threshold = _scaled(layer.threshold, log_factor).to(device)
+            with measure_sparsity(model) as counter, torch.no_grad():
+                for ids in windows.split(_BATCH):
+                    decoder_of(model)(input_ids=ids, use_cache=False)
+                    advance()
+            return counter.by_projection
+
+        with progress("meeting the budget", steps, show_progress) as advance:
+            tried: list[tuple[float, float]] = []
+            log_factor = 0.0
+            while True:
+                shares = realised(log_factor)
+                tried.append((log_factor, weighted_mean(projections, shares) - asked))
+                if abs(tried[-1][1]) <= _TOLERANCE or len(tried) == _TRIES:
+                    break
+                log_factor = _next(tried)
+    finally:
+        restore(model)
+    return replace(
+        plan,
+        layers={
+            name: replace(
+                layer,
+                threshold=_scaled(layer.threshold, log_factor),
+                cutoff=layer.cutoff if layer.cutoff < 0 else layer.cutoff * math.exp(log_factor),
+                sparsity=shares[name],
+                realised=shares[name],
+            )
+            for name, layer in plan.layers.items()
+        },
+    )
+
+
+def _scaled(threshold: Tensor, log_factor: float) -> Tensor:
+    """Thresholds times a factor; −1, which keeps a channel, is no size."""
+    return torch.where(threshold < 0.0, threshold, threshold * math.exp(log_factor))
+
+
+def _next(tried: Sequence[tuple[float, float]]) -> float:
+    """Where a line through the last two tries is zero.
+
+    The share grows by about 0.35 for each e in the factor.
+    """
+    (here, error), slope = tried[-1], 0.35
+    if len(tried) > 1:
+        (before, error_before) = tried[-2]
+        slope = min(max((error - error_before) / (here - before), 0.1), 1.0)
+    return here - error / slope
