@@ -226,10 +226,11 @@ def choose(layer: LayerSpec, want: str = "auto", k_major: bool | None = None) ->
     for backend in known.values():
         if backend.device not in (None, layer.device.type):
             continue
+        pays = backend.pays(layer)
+        if not pays and k_major is not False:
+            continue
         refusal = backend.refuses(layer)
-        if refusal is None and not backend.pays(layer):
-            if k_major is not False:
-                continue
+        if refusal is None and not pays:
             refusals.append("the weight is row-major; restore and sparsify again")
         if refusal is None and backend.device and k_major not in (None, backend.k_major):
             layout = "K-major" if k_major else "row-major"
