@@ -191,8 +191,13 @@ def test_ctrl_c_stops_decoding_and_leaves_the_model_as_it_was(
         def end(self) -> None:
             raise AssertionError("it went on")
 
-    with pytest.raises(KeyboardInterrupt):
-        wina.decode(llama, prompt, max_new_tokens=6, streamer=Pressed())
+    # Whoever started the tests in the background may have left SIGINT ignored.
+    before_signal = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            wina.decode(llama, prompt, max_new_tokens=6, streamer=Pressed())
+    finally:
+        signal.signal(signal.SIGINT, before_signal)
     assert torch.is_grad_enabled()
     assert torch.equal(wina.decode(llama, prompt, max_new_tokens=6).tokens, want)
     if sparse:
