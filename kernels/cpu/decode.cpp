@@ -633,8 +633,8 @@ Tensor decode_step(int64_t token, int64_t position, const Tensor& code, const Te
   return out;
 }
 
-// A program that is run again and again. Python hands its hundreds of tensors over once: to take
-// them out of a list again for each token costs more than all norms together.
+// A program that is run again and again. Python hands its hundreds of tensors over once, and
+// takes none of them out of a list again for each token.
 struct BoundStep : torch::CustomClassHolder {
   BoundStep(Tensor code, Tensor numbers, std::vector<Tensor> constants, std::vector<Tensor> caches,
             int64_t outputs)
