@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -168,8 +169,10 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> tuple[i
     """(bytes that a call needs beyond what was held before, peak of the whole process).
 
     On the CPU, resident memory as Linux counts it; where its peak cannot be reset the first is
-    None. On a GPU, what torch allocates there.
+    None. On a GPU, what torch allocates there. Garbage is collected before: what is freed while the
+    call runs would be taken off what it needs.
     """
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
