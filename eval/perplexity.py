@@ -96,7 +96,9 @@ def perplexity(
     )
 
 
-def strided_windows(stream: Tensor, window: int, stride: int) -> list[tuple[Tensor, int]]:
+def strided_windows(
+    stream: Tensor, window: int, stride: int, begin: Tensor | None = None
+) -> list[tuple[Tensor, int]]:
     """Cut a text into windows that each bring ``stride`` new tokens.
 
     Args:
@@ -105,21 +107,28 @@ def strided_windows(stream: Tensor, window: int, stride: int) -> list[tuple[Tens
         stride: from the start of a window to the start of the next. At ``window`` they are
             disjoint, and the first token of each is not predicted; below it they overlap, and the
             tokens that a window shares with the one before are context only.
+        begin: token ids [p] with which every window begins, never scored
+            (:func:`wina.texts.opening`); the first token of the text is predicted from them.
 
     Returns:
         (token ids, number of predictions to score, the last ones) of every window.
     """
     if not 1 <= stride <= window or window < 2:
         raise ConfigError(f"stride ({stride}) lies between 1 and the window ({window}), at least 2")
+    begin = stream[:0] if begin is None else begin
+    room = window - len(begin)
+    if room < 1:
+        raise ConfigError(f"a window of {window} tokens has no room behind the first {len(begin)}")
     windows = []
     done = 0
-    for begin in range(0, len(stream), stride):
-        ids = stream[begin : begin + window]
-        scored = min(begin + len(ids) - done, len(ids) - 1)
+    for start in range(0, len(stream), min(stride, room)):
+        ids = torch.cat([begin, stream[start : start + room]])
+        end = min(start + room, len(stream))
+        scored = min(end - done, len(ids) - 1)
         if scored < 1:
             break
         windows.append((ids, scored))
-        done = begin + len(ids)
+        done = end
         if done == len(stream):
             break
     return windows

@@ -9,7 +9,7 @@ from typing import Any
 from wina.eval.measurement import KINDS, EvalTask, Measurement, Metric, Settings, mean_metric
 from wina.eval.perplexity import score_windows, strided_windows
 from wina.eval.texts import digest, read_documents
-from wina.texts import to_windows
+from wina.texts import opening, token_stream
 
 
 @KINDS.register("perplexity")
@@ -31,8 +31,10 @@ class PerplexityTask(EvalTask):
 
     def measure(self, lm: Any, settings: Settings, dense: Mapping[str, Any] | None) -> Measurement:
         """Score the windows; a document here is a window."""
-        stream = to_windows(self.documents, lm.tokenizer, 1).flatten()
-        windows = strided_windows(stream, settings.window, settings.stride)[: settings.limit]
+        stream = token_stream(self.documents, lm.tokenizer)
+        begin = opening(lm.tokenizer)
+        windows = strided_windows(stream, settings.window, settings.stride, begin)
+        windows = windows[: settings.limit]
         nats = score_windows(lm.model, windows)
         total = sum(scored for _, scored in windows)
         mean = math.fsum(n * scored for n, (_, scored) in zip(nats, windows, strict=True)) / total

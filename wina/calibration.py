@@ -54,7 +54,7 @@ from wina.refining import refine
 from wina.rotation import check_rotation, rotation_of
 from wina.scores import ChannelScores, rounded
 from wina.statistics import ScoreHistogram
-from wina.texts import bundled, to_windows
+from wina.texts import bundled, evenly, to_windows
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def calibrate(
         config.window,
         max(config.calibration_tokens, refinement.text),
     )
-    windows = to_windows(text, None, config.window, config.calibration_tokens)
+    windows = evenly(text, config.calibration_tokens)
     if windows.shape[1] <= config.sink_tokens + 1:
         raise CalibrationError(f"the text is too short: {windows.numel()} tokens")
     units = _units(projections, config)

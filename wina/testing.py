@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from wina.registry import Registry
@@ -90,16 +90,25 @@ def tiny_model(
     return module
 
 
-def tiny_tokenizer() -> Any:
-    """A byte tokenizer: token i is byte i, then begin- and end-of-sequence."""
+def tiny_tokenizer(begins: bool = False) -> Any:
+    """A byte tokenizer: token i is byte i, then begin- and end-of-sequence.
+
+    Args:
+        begins: put the begin-of-sequence token before every text, as Gemma's tokenizer does.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: index for index, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(
+    found = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
+    if begins:
+        found.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", found.bos_token_id)]
+        )
+    return found
 
 
 def random_tokens(count: int, seed: int = 0) -> Tensor:

@@ -26,13 +26,16 @@ def to_windows(
     window: int,
     tokens: int | None = None,
 ) -> Tensor:
-    """Cut texts into sequences of equal length.
+    """Cut texts into sequences of equal length, each with the beginning that the model is used to.
 
-    Documents are joined, each ended by the tokenizer's end-of-sequence token where it has one. If
-    there are more tokens than asked for, the windows are taken evenly from the whole text.
+    Documents are joined, each ended by the tokenizer's end-of-sequence token where it has one. A
+    window begins with what the tokenizer puts before a text: a model that was trained with a
+    begin-of-sequence token, such as Gemma, is another one without it. If there are more tokens than
+    asked for, the windows are taken evenly from the whole text.
 
     Args:
-        texts: strings, or token ids [n] (one tensor or several), which need no tokenizer.
+        texts: strings, or token ids [n] (one tensor or several), which need no tokenizer and are
+            taken as they are.
         tokenizer: of transformers.
         window: tokens in one sequence.
         tokens: upper bound of tokens to use, None for all.
@@ -41,34 +44,68 @@ def to_windows(
         int64 [windows, window]. A text shorter than one window gives one shorter sequence.
 
     Raises:
-        CalibrationError: fewer than 16 tokens.
+        CalibrationError: fewer than 16 tokens, or a window that has no room for text.
     """
+    # A stream may be endless: read ahead of what is asked for by a factor that leaves a choice.
+    stream, strings = _read(texts, tokenizer, None if tokens is None else 4 * max(tokens, window))
+    if stream.numel() < 16:
+        raise CalibrationError(
+            f"the text has {stream.numel()} tokens; at least 16 are needed, and thousands are "
+            "better"
+        )
+    begin = opening(tokenizer) if strings else stream[:0]
+    body = window - len(begin)
+    if body < 1:
+        raise CalibrationError(
+            f"a window of {window} tokens has no room behind the first {len(begin)}"
+        )
+    body = min(body, len(stream))
+    windows = stream[: len(stream) // body * body].view(-1, body)
+    windows = torch.cat([begin.expand(len(windows), -1), windows], dim=1)
+    return windows if tokens is None else evenly(windows, tokens)
+
+
+def evenly(windows: Tensor, tokens: int) -> Tensor:
+    """At most ``tokens`` tokens, at least one window, of windows [windows, S]: from all of them."""
+    limit = max(1, tokens // windows.shape[1])
+    if len(windows) <= limit:
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, limit).round().to(torch.int64)]
+
+
+def token_stream(texts: Iterable[str], tokenizer: Any) -> Tensor:
+    """Token ids [n] of documents, joined as in :func:`to_windows`."""
+    return _read(texts, tokenizer, None)[0]
+
+
+def opening(tokenizer: Any | None) -> Tensor:
+    """Token ids [p] that a tokenizer puts before every text; none where it does not."""
+    if tokenizer is None:
+        return torch.empty(0, dtype=torch.int64)
+    plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    whole = tokenizer("a", verbose=False)["input_ids"]
+    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return torch.tensor(whole[:at], dtype=torch.int64)
+
+
+def _read(
+    texts: Iterable[str] | Iterable[Tensor] | Tensor, tokenizer: Any | None, wanted: int | None
+) -> tuple[Tensor, bool]:
+    """(token ids [n] of about as many documents as give ``wanted``, whether any was a string)."""
     if isinstance(texts, str):
         raise CalibrationError("texts is one string; pass an iterable of strings, as in [text]")
     pieces: list[Tensor] = []
-    # A stream may be endless: read ahead of what is asked for by a factor that leaves a choice.
-    wanted = None if tokens is None else 4 * max(tokens, window)
+    strings = False
     count = 0
     for text in [texts] if isinstance(texts, Tensor) else texts:
+        strings = strings or isinstance(text, str)
         ids = _token_ids(text, tokenizer)
         pieces.append(ids)
         count += ids.numel()
         if wanted is not None and count >= wanted:
             break
     stream = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
-    if stream.numel() < 16:
-        raise CalibrationError(
-            f"the text has {stream.numel()} tokens; at least 16 are needed, and thousands are "
-            "better"
-        )
-    if stream.numel() < window:
-        return stream.unsqueeze(0)
-    windows = stream[: stream.numel() // window * window].view(-1, window)
-    limit = len(windows) if tokens is None else max(1, tokens // window)
-    if len(windows) > limit:
-        pick = torch.linspace(0, len(windows) - 1, limit).round().to(torch.int64)
-        windows = windows[pick]
-    return windows
+    return stream, strings
 
 
 def _token_ids(text: str | Tensor, tokenizer: Any | None) -> Tensor:

@@ -42,7 +42,17 @@ def test_strides_predict_each_token_once(window: int, stride: int) -> None:
     assert all(scored < len(ids) <= window for ids, scored in windows)
 
 
+@pytest.mark.parametrize(("window", "stride"), [(10, 10), (10, 4), (50, 50), (41, 3)])
+def test_windows_with_a_beginning_predict_every_token_once(window: int, stride: int) -> None:
+    windows = strided_windows(torch.arange(41), window, stride, torch.tensor([256]))
+    assert [int(t) for ids, scored in windows for t in ids[-scored:]] == list(range(41))
+    assert all(scored < len(ids) <= window for ids, scored in windows)
+    assert all(ids[0] == 256 for ids, _ in windows)
+
+
 def test_strides_refuse_nonsense() -> None:
+    with pytest.raises(ConfigError, match="no room"):
+        strided_windows(torch.arange(20), 2, 2, torch.tensor([256, 257]))
     for window, stride in ((8, 9), (8, 0), (1, 1)):
         with pytest.raises(ConfigError, match="between 1 and the window"):
             strided_windows(torch.arange(20), window, stride)
