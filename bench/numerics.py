@@ -27,13 +27,14 @@ from torch import Tensor
 from wina.bench.machine import machine_card
 from wina.kernels import cpu, reference
 from wina.kernels.dispatch import backends
-from wina.kernels.quantization import FORMATS, QuantizedWeight, quantize
+from wina.kernels.quantization import FORMATS, GROUP, QuantizedWeight, quantize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHTS = ("as x", *FORMATS)
 OPERATORS = ("sparse_linear", "sparse_gate_up")
 K, N = 500, 193  # no multiples of a vector, a tile or a group
 ACTIVATION = "silu"
+ROUNDING = 2.0**-24  # of a float32
 Inputs = tuple[Tensor, Tensor]
 Make = Callable[[torch.Generator, torch.dtype], Inputs]
 
@@ -86,6 +87,7 @@ CASES: dict[str, Make] = {
     "partial sums beyond float16": _large_parts,
     "a NaN": _holding(math.nan),
     "an Inf": _holding(math.inf),
+    "a negative Inf": _holding(-math.inf),
 }
 
 
@@ -111,12 +113,13 @@ def measure(
                         _exact(operator, x, [_wide(w) for w in weights], threshold)
                         for weights in (pair, given)
                     )
+                    parts = _reach(operator, x, pair, threshold)
                     for name in names:
                         got = _call(backends()[name], operator, x, pair, threshold)
                         rows.append({
                             "case": case, "operator": operator, "backend": name,
                             "dtype": str(dtype).removeprefix("torch."), "weights": kind,
-                            **compare(got, want, meant),
+                            **compare(got, want, meant, parts),
                         })  # fmt: skip
     return rows
 
@@ -131,6 +134,33 @@ def _exact(operator: str, x: Tensor, weights: Sequence[Tensor], threshold: Tenso
     if operator == "sparse_linear":
         return kept @ weights[0]
     return reference.ACTIVATIONS[ACTIVATION](kept @ weights[0]) * (kept @ weights[1])
+
+
+def _reach(
+    operator: str, x: Tensor, weights: Sequence[Tensor | QuantizedWeight], threshold: Tensor
+) -> Tensor:
+    """How far each element moves, to first order, when sums are off by their parts' total size.
+
+    A part of a sum is |x_j·w_j|; of integers, from which a kernel may take an offset at the end,
+    |x_j·scale_j|·2^bits.
+    """
+    kept = torch.where(reference.keep_mask(x, threshold), x, 0).double()
+    sizes = [kept.abs() @ _part_sizes(w) for w in weights]
+    if operator == "sparse_linear":
+        return sizes[0]
+    gate, up = (kept @ _wide(w) for w in weights)
+    with torch.enable_grad():
+        gate.requires_grad_()
+        act = reference.ACTIVATIONS[ACTIVATION](gate)
+        (slope,) = torch.autograd.grad(act.sum(), gate)
+    return slope.abs() * sizes[0] * up.abs() + act.detach().abs() * sizes[1]
+
+
+def _part_sizes(weight: Tensor | QuantizedWeight) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight.double().abs()
+    scales = weight.scales.double().abs().repeat_interleave(GROUP, dim=1)
+    return scales[:, : weight.columns] * 2**weight.bits
 
 
 def _call(backend: Any, operator: str, x: Tensor, weights: Sequence[Any], cut: Tensor) -> Tensor:
@@ -148,17 +178,19 @@ def _call(backend: Any, operator: str, x: Tensor, weights: Sequence[Any], cut: T
     return result
 
 
-def compare(got: Tensor, want: Tensor, meant: Tensor) -> dict[str, Any]:
+def compare(got: Tensor, want: Tensor, meant: Tensor, reach: Tensor) -> dict[str, Any]:
     """Figures of a result in some dtype.
 
     Args:
         got: the result.
         want: in float64, from the numbers that were multiplied.
         meant: in float64, from the weights before they were rounded.
+        reach: in float64, see :func:`_reach`.
 
     Returns:
         ``error``: ‖got − want‖/‖want‖ over what is finite in both. ``floor``: the same for ``want``
-        rounded once to the dtype, which is the least that can be. ``with_weights``:
+        rounded once to the dtype, which is the least that can be. ``sums``: 2^-24 ‖reach‖/‖want‖,
+        what sums in float32 may cost: large where most of a sum cancels. ``with_weights``:
         ‖got − meant‖/‖meant‖, likewise. ``other_kind``: how many elements are finite, +inf, −inf or
         NaN where ``want`` rounded to the dtype is something else. ``hidden``: how many are finite
         where it is not. ``not_finite``: how many of that rounded ``want`` are not finite.
@@ -167,6 +199,7 @@ def compare(got: Tensor, want: Tensor, meant: Tensor) -> dict[str, Any]:
     return {
         "error": _relative(got, want),
         "floor": _relative(rounded, want),
+        "sums": _relative(want + ROUNDING * reach, want, got),
         "with_weights": _relative(got, meant),
         "other_kind": int((_kind(got) != _kind(rounded)).sum()),
         "hidden": int((got.isfinite() & ~rounded.isfinite()).sum()),
@@ -174,8 +207,8 @@ def compare(got: Tensor, want: Tensor, meant: Tensor) -> dict[str, Any]:
     }
 
 
-def _relative(got: Tensor, want: Tensor) -> float | None:
-    both = got.isfinite() & want.isfinite()
+def _relative(got: Tensor, want: Tensor, where: Tensor | None = None) -> float | None:
+    both = (got if where is None else where).isfinite() & want.isfinite()
     if not both.any():
         return None
     difference, size = (got.double() - want)[both].norm(), want[both].norm()

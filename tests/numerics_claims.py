@@ -7,11 +7,8 @@ from typing import Any
 
 import torch
 
-# Sums of float32 products, relative to the result; where most of it cancels, to what is left.
-ACCUMULATION, AFTER_CANCELLATION = 6e-6, 3e-4
-
-# A gate's absolute error grows with the activation; silu makes it a relative one near 0.
-MASSIVE_GATE = 1e-2
+# What sums may be off by, in units of a row's ``sums``: see docs/numerics.md.
+ROUNDINGS = {"reference": 8, "cpu": 2, "triton": 8}
 
 
 def assert_as_documented(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -23,26 +20,22 @@ def assert_as_documented(rows: Sequence[Mapping[str, Any]]) -> None:
         sixteen = row["dtype"] != "float32"
         # There gate and up are rounded, and may overflow, before they are multiplied.
         early = row["backend"] == "reference" and sixteen and row["operator"] == "sparse_gate_up"
-        if not (early or (row["case"] == "an Inf" and integers)):  # the latter may show as NaN
+        lost = row["backend"] == "triton" and integers and "Inf" in row["case"]  # as NaN
+        if not (early or lost):
             assert row["other_kind"] == 0, row
         if row["error"] is None:
             assert row["not_finite"] > 0, row
             continue
         eps = torch.finfo(getattr(torch, row["dtype"])).eps
-        allowed = 1.2 * row["floor"] + ACCUMULATION
-        if row["case"] == "partial sums beyond float16":
-            allowed += AFTER_CANCELLATION
-        if (
-            row["case"] == "massive activations"
-            and row["operator"] == "sparse_gate_up"
-            and integers
-        ):
-            allowed += MASSIVE_GATE
+        allowed = 1.2 * row["floor"] + ROUNDINGS[row["backend"]] * row["sums"]
         if early:
             allowed += eps
-        if row["backend"] == "triton" and row["dtype"] == "bfloat16":
-            if row["case"] == "denormals":
+        if row["case"] == "denormals" and row["dtype"] == "bfloat16":
+            if row["backend"] == "triton":
                 continue  # the interpreter misreads them
+            if row["backend"] == "reference" and not integers:
+                continue  # torch's matmul flushes them where processors multiply bfloat16
+        if row["backend"] == "triton" and row["dtype"] == "bfloat16":
             allowed += eps  # it cuts where a card rounds
         assert row["error"] <= allowed, row
 

@@ -259,7 +259,8 @@ def build_library(
     def compile_one(source: Path, target: Path) -> None:
         run([compiler, *flags, "-c", str(source), "-o", str(target)])
 
-    with ThreadPoolExecutor() as pool:
+    # No more at a time than there are processors: all would take longer, up to their time limit.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, sources, objects))
     run([compiler, *map(str, objects), "-o", str(output), f"-L{libraries}", *LINK_FLAGS,
          *later, *extra])  # fmt: skip

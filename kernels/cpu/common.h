@@ -132,9 +132,9 @@ Activation parse_activation(c10::string_view name) {
 }
 
 // exp by lanes, to about one unit in the last place: 2^n times a polynomial on [-ln2/2, ln2/2]
-// (Taylor's, degree 7). Beyond float32 its results are the nearest that it can say; NaN is not kept.
-inline Floats exp(Floats x) {
-  x = x < -87.0f ? Floats{} - 87.0f : x;
+// (Taylor's, degree 7). Below -87 a number near 0, above 88 Inf; a NaN stays.
+inline Floats exp(Floats all) {
+  Floats x = all < -87.0f ? Floats{} - 87.0f : all;
   x = x > 88.0f ? Floats{} + 88.0f : x;
   constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
   const Floats n = (x * 1.44269504f + round) - round;
@@ -151,7 +151,7 @@ inline Floats exp(Floats x) {
   const Integers bits = __builtin_convertvector(biased, Integers) << 23;
   Floats power;
   std::memcpy(&power, &bits, sizeof power);
-  return p * power;
+  return all > 88.0f ? Floats{} + INFINITY : p * power;
 }
 
 inline void silu(float* v, int64_t n) {

@@ -254,6 +254,24 @@ Tensor check_bias(const char* op, const Tensor& x, int64_t N, const OptionalTens
   return bias->contiguous();
 }
 
+// Sums of 4-bit integers begin with their offset times x, which has to be finite for that.
+template <class T>
+bool all_finite(const Tensor& x) {
+  const T* v = x.const_data_ptr<T>();
+  int finite = 1;
+  for (int64_t i = 0; i < x.numel(); ++i)
+    finite &= std::fabs(static_cast<float>(v[i])) <= FLT_MAX;
+  return finite;
+}
+
+bool all_finite(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kBFloat16: return all_finite<at::BFloat16>(x);
+    case at::kHalf: return all_finite<at::Half>(x);
+    default: return all_finite<float>(x);
+  }
+}
+
 bool fast(const Tensor& x, int64_t tokens, int64_t N) {
   const auto dtype = x.scalar_type();
   return (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) && tokens > 0 &&
@@ -317,7 +335,7 @@ Tensor dense_linear_rows_quantized(const Tensor& x, const Tensor& packed, const 
   const Tensor added = check_bias(op, x, N, bias);
   Tensor y = output(x, N);
   const Tensor in = x.contiguous().view({tokens, K});
-  if (!fast(x, tokens, N)) {
+  if (!fast(x, tokens, N) || (bits == Int4::kBits && !all_finite(in))) {
     fill_blocks(y, tokens, kDequantizedRows, [&](at::ScalarType dtype, int64_t first, int64_t n) {
       const Tensor w = dequantized(q, first, n, 0, q.groups()).narrow(1, 0, K).to(dtype);
       OptionalTensor part;

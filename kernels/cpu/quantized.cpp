@@ -38,15 +38,31 @@ void add(Int8, const int8_t* const* rows, int64_t bytes, const float (*c)[kGroup
   }
 }
 
+// The same for one token and integers one by one, each less its offset: Inf times them is what it is.
+inline void add_one_by_one(const int8_t* const* rows, const float* c, float* sums) {
+  for (int64_t n = 0; n < kColumns; ++n) {
+    float a = 0.0f;
+    for (int r = 0; r < kGroup; ++r) a += c[r] * Int4::value(rows[r], n);
+    sums[n] += a / nibble_unit(static_cast<int>(n / kStep));
+  }
+}
+
 // Sums of nibble p stay as many times too large as the nibble is where it stands in its word (a
-// power of two: nothing is rounded by it), so that coefficients serve all nibbles as they are.
+// power of two: nothing is rounded by it), so that coefficients serve all nibbles as they are. The
+// offset of all integers is taken off at once, which coefficients that are not finite do not allow:
+// they are used up and become 0.
 template <int TT>
-void add(Int4, const int8_t* const* rows, int64_t, const float (*c)[kGroup], float* sums,
+void add(Int4, const int8_t* const* rows, int64_t, float (*c)[kGroup], float* sums,
          int64_t stride) {
   float offset[TT];
   for (int t = 0; t < TT; ++t) {
     float total = 0.0f;
     for (int r = 0; r < kGroup; ++r) total += c[t][r];
+    if (!(std::fabs(total) <= FLT_MAX)) {
+      add_one_by_one(rows, c[t], sums + t * stride);
+      std::fill_n(c[t], kGroup, 0.0f);
+      total = 0.0f;
+    }
     offset[t] = -8.0f * total;
   }
 #pragma GCC unroll 8

@@ -96,6 +96,16 @@ def test_nan_and_inf_of_x_show_in_their_token(
     assert y[[t for t in range(T) if t != T // 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf])
+@pytest.mark.parametrize("weights", FORMATS)
+def test_inf_of_x_gives_what_the_definition_gives(bad: float, weights: str) -> None:
+    x, weight = torch.randn(3, 300), torch.randn(40, 300)
+    x[1, 17] = bad
+    got, want = (product(which, x, weight, weights)[0] for which in (NATIVE, DEFINITION))
+    assert all({torch.inf, -torch.inf} <= set(y[1].tolist()) for y in (got, want))
+    torch.testing.assert_close(got, want, equal_nan=True, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_and_inf_of_the_weight_show_in_their_output(bad: float, dtype: torch.dtype) -> None:

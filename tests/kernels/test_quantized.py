@@ -79,6 +79,18 @@ def test_nan_and_inf_are_never_dropped(
     assert y[[t for t in range(T) if t != T // 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf])
+@pytest.mark.parametrize("T", [1, 3, 40])
+@pytest.mark.parametrize("weights", FORMATS)
+def test_inf_gives_what_the_definition_gives(bad: float, T: int, weights: str) -> None:
+    x = torch.randn(T, 40)
+    x[T // 2, 17] = bad
+    packed = quantize(torch.randn(40, 300), weights)
+    got, want = (linear(which)(x, *fields(packed), torch.zeros(40)) for which in IMPLEMENTATIONS)
+    assert all({torch.inf, -torch.inf} <= set(y[T // 2].tolist()) for y in (got, want))
+    torch.testing.assert_close(got, want, equal_nan=True, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", [(0, 5, 7), (3, 0, 7), (3, 5, 0), (0, 0, 0)])
 @pytest.mark.parametrize("weights", FORMATS)

@@ -21,8 +21,9 @@ from wina.kernels import dispatch
 from wina.kernels.cpu import build
 from wina.kernels.ops import OPERATORS
 
-pytestmark = pytest.mark.slow
-COMMON = ("-O1", "-g", "-fno-omit-frame-pointer")
+# Each compiles all kernels, instrumented: some three minutes of one processor that is left alone.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+COMMON = ("-O1", "-g1", "-fno-omit-frame-pointer")  # -g1: lines are all that reports name
 
 
 @dataclass(frozen=True)
