@@ -64,7 +64,7 @@ AUDIT_VENV ?= .venv-audit
 audit: ## known weaknesses of the versions in constraints.txt (needs a network)
 	test -x $(AUDIT_VENV)/bin/python || $(PYTHON) -m venv $(AUDIT_VENV)
 	$(AUDIT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
-	$(AUDIT_VENV)/bin/pip-audit -r constraints.txt --no-deps --disable-pip
+	$(AUDIT_VENV)/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict
 
 lint: install ## what CI checks: ruff and mypy
 	$(BIN)/ruff check .

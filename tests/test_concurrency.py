@@ -115,6 +115,20 @@ def test_forked_workers_of_a_data_loader(patched: nn.Module) -> None:
     assert all(torch.equal(a, b) for a, b in zip(loader, want, strict=True))
 
 
+def test_spawned_workers_of_a_data_loader(llama: nn.Module) -> None:
+    """They get the model by pickle and start without our kernels."""
+    wina.sparsify(llama, plan_for(llama, selector="topk"))
+    want = [generate(llama, prompt) for prompt in PROMPTS]
+    loader = DataLoader(
+        Generated(llama),
+        batch_size=None,
+        num_workers=2,
+        multiprocessing_context="spawn",
+        timeout=120,
+    )
+    assert all(torch.equal(a, b) for a, b in zip(loader, want, strict=True))
+
+
 def test_a_model_sent_to_another_process_loads_its_kernels(
     patched: nn.Module, tmp_path: Path
 ) -> None:
