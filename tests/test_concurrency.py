@@ -99,6 +99,7 @@ class Generated(Dataset[Tensor]):
         return len(PROMPTS)
 
     def __getitem__(self, index: int) -> Tensor:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key("wina::sparse_linear", "CPU")
         return generate(self.model, PROMPTS[index])
 
 
