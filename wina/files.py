@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +52,29 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     A process that is killed meanwhile leaves a file that :func:`remove_partial` removes.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_MARK)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_together({path: data})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write each file at once, and none of them unless there is room for all.
+
+    They take their places one after the other, in order: who is killed between them leaves new
+    files beside old ones.
+    """
+    with ExitStack() as leftovers:
+        ready = []
+        for path, data in files.items():
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_MARK)
+            temporary = Path(name)
+            leftovers.callback(temporary.unlink, missing_ok=True)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            ready.append((temporary, path))
+        for temporary, path in ready:
+            temporary.replace(path)
 
 
 def remove_partial(folder: Path) -> None:

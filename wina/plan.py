@@ -27,7 +27,7 @@ from wina.config import SparsityConfig
 from wina.corrections import Terms
 from wina.errors import PlanError, WinaError
 from wina.experts import recognise_experts
-from wina.files import read_json, write_atomically
+from wina.files import read_json, write_together
 from wina.projections import Projection
 from wina.rotation import NO_ROTATION, rotation_of
 
@@ -220,8 +220,7 @@ class SparsityPlan:
         text = json.dumps(document, indent=1, allow_nan=False) + "\n"
         # The JSON names the tensors by their hash, so a crash between the two renames is noticed
         # when loading instead of giving a mixture.
-        write_atomically(path / TENSOR_FILE, blob)
-        write_atomically(path / JSON_FILE, text.encode())
+        write_together({path / TENSOR_FILE: blob, path / JSON_FILE: text.encode()})
         return path
 
     def _document(self, tensor_hash: str) -> dict[str, Any]:
