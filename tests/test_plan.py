@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -214,11 +215,12 @@ def test_full_disk_keeps_the_old_plan(llama: nn.Module, folder: Path) -> None:
 def test_failed_save_keeps_the_old_plan(
     llama: nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch, fits: int
 ) -> None:
-    """Whichever of its two files finds no room."""
+    """Whichever of its two files finds no room; others cannot read what is not whole yet."""
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     room = iter(range(fits))
 
-    def full(_: int) -> None:
+    def full(handle: int) -> None:
+        assert os.fstat(handle).st_mode & 0o077 == 0
         if next(room, None) is None:
             raise OSError(28, "No space left on device")
 

@@ -122,6 +122,10 @@ def test_two_processes_build_at_once(tmp_path: Path) -> None:
         for _ in range(2)
     ]
     assert [process.communicate()[0].strip() for process in processes] == ["None", "None"]
+    # Whole libraries of the two, or one of the same bytes, and nothing that is half done.
+    left = list((tmp_path / "cpu").iterdir())
+    assert len(left) in (1, 2)
+    assert all(path.stem.endswith(build._digest(path.read_bytes())) for path in left)
     assert run(LOAD, WINA_CACHE_DIR=str(tmp_path), PATH="/nonexistent", CXX="") == "None"
 
 
