@@ -33,6 +33,7 @@ from wina.eval.report.significance import LEVEL, compare, holm, z_test
 _RELATIVE_KINDS = ("agreement", "generation")
 # Metrics whose documents are stored under another name.
 _ROWS_OF = {"perplexity": "nats"}
+_LAYER_DIGITS = 4
 
 
 def summarise(grid: Grid) -> Report:
@@ -284,7 +285,9 @@ def _realised(grid: Grid) -> Iterable[Realised]:
             cell = grid.cells.get((method, sparsity, task))
             for name, share in (cell.projections if cell else {}).items():
                 *parts, kind = name.split(".")
-                layer = next((int(part) for part in parts if part.isdecimal()), None)
+                # A longer number is none of a layer, and a table of so many layers would be large.
+                numbers = (int(p) for p in parts if p.isdecimal() and len(p) <= _LAYER_DIGITS)
+                layer = next(numbers, None)
                 if layer is not None:
                     shares.setdefault((layer, kind), []).append(share)
         if method == DENSE or not shares:
@@ -347,4 +350,4 @@ def _stderr_of_mean(stderrs: Sequence[float | None]) -> float | None:
     known = [value for value in stderrs if value is not None]
     if not known or len(known) != len(stderrs):
         return None
-    return math.sqrt(sum(value**2 for value in known)) / len(known)
+    return math.hypot(*known) / len(known)

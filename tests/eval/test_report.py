@@ -152,6 +152,20 @@ def test_realised_by_layer_and_type(whole: Report) -> None:
     assert found.by_type["q_proj"] == pytest.approx(mean)
 
 
+@pytest.mark.parametrize("number", ["9" * 5000, "999999999"])
+def test_numbers_beyond_all_bounds(tmp_path: Path, number: str) -> None:
+    folder = make_grid(tmp_path, ("piqa", "boolq"), sparsities=(0.5,))
+    for path in (folder / "cells").glob("*.json"):
+        made = json.loads(path.read_text())
+        made["metrics"][made["primary"]]["stderr"] = 1e300
+        if made["realised"]:
+            made["realised"]["projections"][f"model.layers.{number}.q_proj"] = 0.5
+        path.write_text(json.dumps(made))
+    report = report_of(folder)
+    assert {len(found.layers) for found in report.realised} == {6}
+    assert all(row.stderr == pytest.approx(1e300 / 2**0.5) for row in report.rows)
+
+
 def test_speed_is_of_the_smallest_batch(tmp_path: Path) -> None:
     folder = make_grid(tmp_path / "grid", ["piqa"], sparsities=(0.5,))
     (folder / "decode.json").write_text(json.dumps(bench(["teal", "wina"], [0.5])))

@@ -162,11 +162,11 @@ def main() -> int:
     total = sum(result["inputs"].values())
     result = {"format": "wina-fuzz", "seed": asked.seed, "total": total, **result,
               "seconds": round(time.perf_counter() - began, 1)}  # fmt: skip
-    if asked.output:
-        asked.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for finding in result["findings"]:
         print(finding["input"], finding["times"], finding["place"], finding["error"], sep="  ")
-        print(finding["trace"], file=sys.stderr)
+        print(finding.pop("trace"), file=sys.stderr)  # has paths of this machine
+    if asked.output:
+        asked.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
     return answer.returncode
 
