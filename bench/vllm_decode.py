@@ -36,6 +36,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
     compiled: Annotated[bool, typer.Option(help="Let vLLM compile both.")] = False,
     threads: Annotated[int, typer.Option(help="Of each engine.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="File for the JSON document.")] = None,
 ) -> None:
     """Time dense and sparse decode steps of one sequence, in turn."""
     shop = Workshop.for_shape(shape, default_root())
@@ -66,15 +67,21 @@ def bench(
     for name, timing in times.items():
         print(f"{name:7} {1 / timing.median:6.2f} tokens/s")
     print(f"sparse against dense: {comparison.ratio:.2f}×, {comparison.verdict}")
-    for warning in neighbours.warnings():
+    warnings = neighbours.warnings()
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     rates = {f"{name}_tokens_per_s": 1 / timing.median for name, timing in times.items()}
+    words = ["VLLM-VENV/bin/python" if word == python else word for word in sys.argv[1:]]
     found = {
+        "command": " ".join(["python -m wina.bench.vllm_decode", *words]),
         "bench": "vllm", "engine": dense_version, "shape": shape, **rates,
         "speedup": comparison.ratio, **claim(comparison),
         "dtype": dtype, "compiled": compiled, "threads": threads, "new_tokens": new_tokens,
-        "machine": machine_card(),
+        "warnings": warnings, "machine": machine_card(),
     }  # fmt: skip
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found))
 
 

@@ -157,6 +157,32 @@ def eval_verify(
         raise typer.Exit(1)
 
 
+@app.command("vllm")
+def eval_vllm(
+    model: Annotated[Path, typer.Option(help="Folder that `wina export` has written.")],
+    tasks: Tasks = "piqa,arc_easy",
+    data: Data = None,
+    limit: Limit = 100,
+    num_fewshot: Fewshot = None,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 1024,
+) -> None:
+    """Check that lm-eval's `--model vllm` gives our accuracy, prompts masked in both.
+
+    To be run in vLLM's environment, with lm-eval and wina beside it.
+    """
+    _quiet_libraries()
+    from wina.eval.in_vllm import beside_vllm, print_beside
+    from wina.eval.measurement import Settings
+    from wina.eval.run import open_tasks
+
+    with open_tasks(names(tasks), data) as opened:
+        rows = beside_vllm(model, opened, Settings(limit, num_fewshot), batch_size, max_length)
+    print_beside(f"{model.name}, limit {limit}", rows)
+    if not all(row["within"] for row in rows):
+        raise typer.Exit(1)
+
+
 @app.command(
     "lm",
     add_help_option=False,

@@ -1,7 +1,8 @@
-"""A tiny Llama with a plan beside it, and what our patched transformers model makes of tokens."""
+"""Sparse folders, and what our patched transformers model makes of tokens, beside vLLM."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 import wina
+from wina.cli_options import load_model
+from wina.integrations.vllm.step import STEP
+from wina.kernels.reference import keep_mask
 from wina.patch import patch_of
 from wina.testing import random_tokens, tiny_model, tiny_tokenizer
 
@@ -16,21 +20,32 @@ from wina.testing import random_tokens, tiny_model, tiny_tokenizer
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def make_folder(folder: Path, sparsity: float) -> Path:
-    """As a sparsified model saves itself, with a tokenizer."""
-    model: Any = tiny_model("llama", hidden_size=128, head_dim=32)
-    settings = wina.SparsityConfig(sparsity=sparsity, window=128)
-    wina.sparsify(model, settings, texts=random_tokens(2048, seed=1), show_progress=False)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+MARGIN = 1e-4  # relative distance from its threshold within which a channel may fall on either side
+
+Seen = dict[str, list[tuple[Tensor, Tensor]]]
+"""Projection → (inputs [t, K], threshold [K]) of each of its sparse products."""
+
+
+def make_folder(folder: Path, sparsity: float, model: str = "tiny") -> Path:
+    """As a sparsified model saves itself, with a tokenizer: a tiny Llama, or a demo model."""
+    settings = wina.SparsityConfig(sparsity=sparsity, window=128, calibration_tokens=2048)
+    if model == "tiny":
+        loaded: Any = tiny_model("llama", hidden_size=128, head_dim=32)
+        tokenizer, texts = tiny_tokenizer(), random_tokens(2048, seed=1)
+    else:
+        loaded, tokenizer = load_model(model, "float32")
+        texts = None
+    wina.sparsify(loaded, settings, tokenizer=tokenizer, texts=texts, show_progress=False)
+    loaded.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
 class Recorder:
-    """Keeps the inputs of every sparse product, by projection."""
+    """Keeps the inputs of every sparse product."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.seen: Seen = {}
 
     def of_vllm(self, layer: str, x: Tensor, thresholds: Tensor) -> None:
         parent, _, leaf = layer.rpartition(".")
@@ -65,3 +80,58 @@ def forced(folder: Path, prompt: list[int], tokens: list[int]) -> tuple[list[flo
 def assert_close_median(found: list[float], expected: list[float]) -> None:
     difference = torch.tensor([abs(a - b) for a, b in zip(found, expected, strict=True)])
     assert float(difference.median()) <= 1e-4
+
+
+class RankRecorder:
+    """Methods that a worker process of vLLM gets (its option ``worker_extension_cls``)."""
+
+    def record(self) -> None:
+        """Keep all sparse products from now on."""
+        self.recorder = Recorder()
+        STEP.observer = self.recorder.of_vllm
+
+    def recorded(self) -> Seen:
+        """Of this rank."""
+        return self.recorder.seen
+
+
+def joined(ranks: Iterable[Seen]) -> Seen:
+    """What one process would have seen: a rank of o and down holds a share of the channels."""
+    found: Seen = {}
+    first, *others = ranks
+    for name, steps in first.items():
+        found[name] = steps
+        if name.endswith(("o_proj", "down_proj")):
+            shares = zip(*(rank[name] for rank in (first, *others)), strict=True)
+            found[name] = [
+                (torch.cat(x, dim=-1), torch.cat(threshold))
+                for x, threshold in (zip(*step, strict=True) for step in shares)
+            ]
+    return found
+
+
+def assert_same_masks(theirs: Seen, ours: Seen, steps: int) -> None:
+    """In so many steps, until a channel that lies on its threshold falls on the other side.
+
+    From there on two engines read different inputs. Before, one whole step must have been equal.
+    """
+    assert set(theirs) == set(ours)
+    assert {len(found) for found in theirs.values()} == {steps}
+    dropped = total = products = 0
+    for step in range(steps):
+        for name, found in theirs.items():
+            (x, threshold), (our_x, our_threshold) = found[step], ours[name][step]
+            assert torch.equal(threshold, our_threshold)
+            keep = keep_mask(x, threshold)
+            other = keep != keep_mask(our_x, threshold)
+            if other.any():
+                distance = (x.abs() / threshold - 1).abs()[other].max()
+                assert distance <= MARGIN, f"{name}, step {step}"
+                break
+            products += 1
+            dropped, total = dropped + int((~keep).sum()), total + keep.numel()
+        else:
+            continue
+        break
+    assert products >= len(theirs)
+    assert 0.4 < dropped / total < 0.6
