@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from torch import nn
 
 import wina
 from wina.errors import WinaError
+from wina.eval.in_vllm import beside_vllm
+from wina.eval.measurement import EvalTask, Settings
+from wina.eval.perplexity_task import PerplexityTask
 from wina.integrations import lm_eval as integration
 from wina.integrations.lm_eval import WinaLM
 from wina.linear import SparseLinear
@@ -160,3 +165,20 @@ def test_a_loaded_model_is_taken_as_it_is(llama: nn.Module) -> None:
     lm(llama, method="teal", calibration_tokens=1024, window=128)
     assert patch_of(llama).plan.config.method == "teal"
     assert lm(llama).loglikelihood(scored())
+
+
+def test_vllm_is_asked_for_only_with_what_it_needs(
+    llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare(tasks: Mapping[str, EvalTask]) -> None:
+        beside_vllm(tmp_path, tasks, Settings(), 1, 64)
+
+    with pytest.raises(WinaError, match="wina export"):
+        compare({})
+    wina.sparsify(llama, plan_for(llama))
+    llama.save_pretrained(tmp_path)  # type: ignore[operator]
+    with pytest.raises(WinaError, match="perplexity is no task of lm-eval"):
+        compare({"perplexity": PerplexityTask()})
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
+    with pytest.raises(WinaError, match=r"make \.venv-vllm/\.installed"):
+        compare({})
