@@ -160,7 +160,7 @@ def _part_sizes(weight: Tensor | QuantizedWeight) -> Tensor:
     if isinstance(weight, Tensor):
         return weight.double().abs()
     scales = weight.scales.double().abs().repeat_interleave(GROUP, dim=1)
-    return scales[:, : weight.columns] * 2**weight.bits
+    return scales[:, : weight.columns] * float(2**weight.bits)
 
 
 def _call(backend: Any, operator: str, x: Tensor, weights: Sequence[Any], cut: Tensor) -> Tensor:

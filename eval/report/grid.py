@@ -6,7 +6,6 @@ hold what was measured, and runs of ``wina bench decode`` may lie beside ``grid.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from wina.files import read_json
 FORMAT = "wina-eval"
 VERSION = 1
 DENSE = "dense"
+_LARGEST = 1e100  # of a standard error and the like: nothing that was measured
 
 Key = tuple[str, float, str]
 """(method, sparsity, task); dense has sparsity 0."""
@@ -218,8 +218,8 @@ def _cell(data: Mapping[str, Any]) -> Cell:
 
 
 def _number(value: Any) -> float | None:
-    """A finite float, or None."""
-    if isinstance(value, (int, float)) and math.isfinite(value):
+    """A float of a size that can be squared and summed, or None."""
+    if isinstance(value, (int, float)) and abs(value) <= _LARGEST:
         return float(value)
     return None
 

@@ -163,7 +163,7 @@ def test_numbers_beyond_all_bounds(tmp_path: Path, number: str) -> None:
         path.write_text(json.dumps(made))
     report = report_of(folder)
     assert {len(found.layers) for found in report.realised} == {6}
-    assert all(row.stderr == pytest.approx(1e300 / 2**0.5) for row in report.rows)
+    assert [row.stderr for row in report.rows] == [None] * 3
 
 
 def test_speed_is_of_the_smallest_batch(tmp_path: Path) -> None:
