@@ -73,9 +73,7 @@ def masked_linear_rows(
     residual: Tensor | None = None,
 ) -> Tensor:
     """:func:`wina.kernels.reference.sparse_linear`, reading all of a row-major weight."""
-    masked = reference.mask_inputs(x, threshold, scale)
-    y = dense_linear_transposed(masked, weight, bias)
-    return y if residual is None else residual + y
+    return ops.dense_linear_rows(x, weight.t(), bias, threshold, scale, residual)
 
 
 def masked_gate_up_rows(
