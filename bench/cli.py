@@ -346,6 +346,10 @@ def profile_command(
         str, typer.Option(help="By commas; `dense` is the model as it was loaded.")
     ] = "dense,0.5",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    weight_dtypes: Annotated[
+        str,
+        typer.Option(help="Of projections, by commas, each at every sparsity: own, int8, int4."),
+    ] = "own",
     context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 16,
     new_tokens: Annotated[int, typer.Option(help="Tokens to time.")] = 64,
     picture: Picture = None,
@@ -374,21 +378,29 @@ def profile_command(
     prompt = prompts_for(loaded, tokenizer, 1, context)
     neighbours = Neighbours()
     rows: list[dict[str, Any]] = []
-    for wanted in names(sparsities):
+    wanted_rows = [
+        (wanted, width)
+        for width in names(weight_dtypes)
+        for wanted in names(sparsities)
+        if width == "own" or wanted != "dense"
+    ]
+    for wanted, width in wanted_rows:
         dense = wanted == "dense"
         if is_patched(loaded):
             restore(loaded)
         if not dense:
             config = SparsityConfig(
-                method=method, sparsity=numbers(wanted)[0], calibration_tokens=2048
-            )
+                method=method, sparsity=numbers(wanted)[0], calibration_tokens=2048,
+                weight_dtype=None if width == "own" else width,
+            )  # fmt: skip
             texts = None if tokenizer else calibration_texts(loaded)
-            sparsify(loaded, config, tokenizer=tokenizer, texts=texts)
+            sparsify(loaded, config, tokenizer=tokenizer, texts=texts, keep_original=True)
         row = {
             "engine": "wina decode",
             "method": "dense" if dense else method,
             "sparsity": 0.0 if dense else numbers(wanted)[0],
             "dtype": dtype,
+            "weight_dtype": "" if width == "own" else width,
             "context": context,
             "threads": torch.get_num_threads(),
             **profile_decode(loaded, prompt, new_tokens),

@@ -185,8 +185,10 @@ class Trimmed(Engine):
 
     def round_head(self, dtype: str) -> None:
         """From now on read the head in a format of :data:`wina.kernels.quantization.FORMATS`."""
+        assert self._ready is not None
         self._head = rounded_head(self.model, dtype)
-        self._ready = None
+        length, self._ready = self._ready.length, None
+        self.reserve(length)
         self.reason += f"; its head is read in {dtype}, {self._head.bytes / 2**20:.0f} MiB more"
 
     def verify(self) -> None:
