@@ -133,17 +133,17 @@ struct FloatRows {
 // `begin`, what the format takes off.
 template <int R, int TT, int A>
 inline void add_group(Int8, const int8_t* const* row, int64_t bytes, const float* x,
-                      int64_t stride, Floats (*acc)[TT][A]) {
-  for (int64_t k = 0; k < bytes; k += kStep) {
+                      int64_t stride, WideFloats (*acc)[TT][A]) {
+  for (int64_t k = 0; k < bytes; k += 2 * kWide) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      const int64_t at = k + half * kLanes;
-      Floats w[R];
+      const int64_t at = k + half * kWide;
+      WideFloats w[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) w[r] = load_bytes(row[r] + at);
 #pragma GCC unroll 4
       for (int t = 0; t < TT; ++t) {
-        const Floats v = load(x + t * stride + at);
+        const WideFloats v = load_wide(x + t * stride + at);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[r][t][half % A] += v * w[r];
       }
@@ -153,21 +153,21 @@ inline void add_group(Int8, const int8_t* const* row, int64_t bytes, const float
 
 template <int R, int TT, int A>
 inline void add_group(Int4, const int8_t* const* row, int64_t, const float* x, int64_t stride,
-                      Floats (*acc)[TT][A]) {
-#pragma GCC unroll 8
-  for (int p = 0; p < kNibbles; ++p)
+                      WideFloats (*acc)[TT][A]) {
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      Floats w[R];
+  for (int first = 0; first < kWordsOfGroup; first += kWide) {
+    WideWords words[R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) w[r] = load_nibbles(row[r] + half * sizeof(Words), p);
+    for (int r = 0; r < R; ++r) words[r] = load_words(row[r] + first * sizeof(uint32_t));
+#pragma GCC unroll 8
+    for (int p = 0; p < kNibbles; ++p)
 #pragma GCC unroll 4
       for (int t = 0; t < TT; ++t) {
-        const Floats v = load(x + t * stride + p * kStep + half * kLanes);
+        const WideFloats v = load_wide(x + t * stride + p * kWordsOfGroup + first);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) acc[r][t][half % A] += v * w[r];
+        for (int r = 0; r < R; ++r) acc[r][t][p % A] += v * nibbles(words[r], p);
       }
-    }
+  }
 }
 
 template <class T, class Format>
@@ -179,9 +179,9 @@ struct IntegerRows {
   int64_t K, bytes, row_scales, groups;
 
   int64_t row_bytes() const { return bytes; }
-  // Of a token: its columns padded to whole groups, then kLanes sums a group.
+  // Of a token: its columns padded to whole groups, then kWide sums a group.
   int64_t columns() const { return groups * kColumns; }
-  int64_t stride() const { return columns() + groups * kLanes; }
+  int64_t stride() const { return columns() + groups * kWide; }
 
   // [tokens][stride()]. Four bits hold q + 8, so a group's sum begins with -8 times that of x, by
   // lanes; a nibble is 16^p too large where it stands in its word.
@@ -191,15 +191,15 @@ struct IntegerRows {
       for (int64_t k = 0; k < K; ++k) to[k] = static_cast<float>(x[t * K + k]);
       std::fill(to + K, to + columns(), 0.0f);
       for (int64_t g = 0; g < groups; ++g) {
-        Floats begin{};
+        WideFloats begin{};
         if (Format::kBits == 4)
           for (int p = 0; p < kNibbles; ++p)
-            for (int half = 0; half < 2; ++half) {
-              float* v = to + g * kColumns + p * kStep + half * kLanes;
-              begin -= 8.0f * load(v);
-              store(v, load(v) * nibble_unit(p));
+            for (int first = 0; first < kWordsOfGroup; first += kWide) {
+              float* v = to + g * kColumns + p * kWordsOfGroup + first;
+              begin -= 8.0f * load_wide(v);
+              store_wide(v, load_wide(v) * nibble_unit(p));
             }
-        store(to + columns() + g * kLanes, begin);
+        store_wide(to + columns() + g * kWide, begin);
       }
     }
   }
@@ -211,20 +211,21 @@ struct IntegerRows {
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t at = g * Format::kBytes, used = std::min(Format::kBytes, bytes - at);
       const int8_t* row[R];
-      Floats acc[R][TT][A];
+      WideFloats acc[R][TT][A];
       for (int r = 0; r < R; ++r) {
         row[r] = weight + n[r] * bytes + at;
         for (int64_t b = 0; b < used; b += kLine) prefetch_ahead(row[r] + b);
         for (int t = 0; t < TT; ++t) {
-          acc[r][t][A - 1] = Floats{};
-          acc[r][t][0] = load(x + t * stride() + columns() + g * kLanes);
+          acc[r][t][A - 1] = WideFloats{};
+          acc[r][t][0] = load_wide(x + t * stride() + columns() + g * kWide);
         }
       }
       add_group<R, TT, A>(Format{}, row, used, x + g * kColumns, stride(), acc);
       for (int r = 0; r < R; ++r) {
         const auto scale = static_cast<float>(scales[n[r] * row_scales + g]);
         for (int t = 0; t < TT; ++t)
-          total[r][t] += scale * (A == 2 ? acc[r][t][0] + acc[r][t][A - 1] : acc[r][t][0]);
+          total[r][t] +=
+              scale * folded(A == 2 ? acc[r][t][0] + acc[r][t][A - 1] : acc[r][t][0]);
       }
     }
     for (int r = 0; r < R; ++r)
