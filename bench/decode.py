@@ -151,7 +151,8 @@ def bench_decode(
     """Time prefill and greedy decode of the dense model and of every plan, in turn.
 
     The dense model is timed as transformers loads it, beside a patched copy, so both are in
-    memory at once, but for embeddings and head, which they share. A plan of sparsity 0 gives ``speedup_vs_own_dense`` to the others of its method.
+    memory at once, but for embeddings and head, which they share. A plan of sparsity 0 gives
+    ``speedup_vs_own_dense`` to the others of its method.
 
     Args:
         model: a dense decoder.
