@@ -235,13 +235,12 @@ class _Writer:
             return self.program.emit(
                 "dense", out, x, linear.weight.detach(), _bias(linear), None, None, residual
             )
-        threshold, bias, scale = (
-            self._threshold(linear), self._bias(linear), self._scale(linear, x, "s")
-        )  # fmt: skip
+        threshold = self._threshold(linear)
+        bias, scale = self._bias(linear), self._scale(linear, x, "s")
         if linear.choice.backend.masked_rows:
-            return self.program.emit(
-                "dense", out, x, linear.weight.detach(), bias, threshold, scale, residual
-            )
+            drops = bool((threshold >= 0).any())  # else nothing is, whatever the scale
+            mask = (threshold, scale) if drops else (None, None)
+            return self.program.emit("dense", out, x, linear.weight.detach(), bias, *mask, residual)
         tail = (threshold, bias, scale, residual)
         if isinstance(linear, QuantizedSparseLinear):
             return self.program.emit(
