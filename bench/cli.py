@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from wina.cli_options import Trust, load_model, names, numbers, resolve_model
+from wina.bench.cli_models import decode_command, peers_command, profile_command
+from wina.bench.cli_options import (
+    Against,
+    Compare,
+    Output,
+    Picture,
+    Quick,
+    Rounds,
+    effort_of,
+    finish,
+    integers,
+    measured,
+)
+from wina.cli_options import Trust, names, numbers
 from wina.errors import WinaError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from wina.bench.timing import Effort
-
-Output = Annotated[Path | None, typer.Option(help="JSON file to save the run to.")]
-Compare = Annotated[Path | None, typer.Option(help="Saved run to compare with.")]
-Against = Annotated[
-    str | None, typer.Option(help="Git ref to measure with the same arguments and compare with.")
-]
-
-# Options that make no sense while another git ref is measured.
-HERE_ONLY = ("--output", "--compare", "--against", "--picture")
-Picture = Annotated[Path | None, typer.Option(help="PNG to draw.")]
-Quick = Annotated[bool, typer.Option(help="Show that it runs, in seconds; no claim is made.")]
-Rounds = Annotated[int | None, typer.Option(help="Interleaved rounds.")]
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed. Last stdout line: JSON.")
 
@@ -75,14 +67,14 @@ def kernels_command(
         names(operators), names(backend), names(dtypes), names(weight_dtype) or ("",),
         numbers(sparsities), integers(tokens), device,
     )  # fmt: skip
-    effort = _effort(quick, rounds)
+    effort = effort_of(quick, rounds)
     neighbours = Neighbours()
     rows, refusals = bench_kernels(grid, effort)
     warnings = noise_warnings(
         rows, ("operator", "backend", "shape", "dtype", "weight_dtype", "sparsity")
     )
     warnings += neighbours.warnings()
-    run = _document(
+    run = measured(
         "kernels",
         f"{device}, cold weights",
         rows,
@@ -92,7 +84,7 @@ def kernels_command(
         refusals=refusals,
         other_cores=neighbours.cores,
     )
-    _finish(run, picture, output, compare, against)
+    finish(run, picture, output, compare, against)
 
 
 @app.command("roofline")
@@ -167,7 +159,7 @@ def roofline_command(
         model=name,
         device=vars(card),
     )  # fmt: skip
-    _finish(run, picture, output, compare, None, [kinds_table(rows)])
+    finish(run, picture, output, compare, None, [kinds_table(rows)])
 
 
 @app.command("plot")
@@ -185,280 +177,9 @@ def plot_command(
     print(picture)
 
 
-@app.command("decode")
-def decode_command(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Folder, hub id or `demo`.")
-    ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="Random weights at a named shape: llama-3.2-1b, …")
-    ] = None,
-    methods: Annotated[str, typer.Option(help="By commas.")] = "teal,wina",
-    sparsities: Annotated[
-        str, typer.Option(help="By commas; 0 times our own dense kernel.")
-    ] = "0.5",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    batch: Annotated[str, typer.Option(help="Sequences at once, by commas.")] = "1",
-    context: Annotated[str, typer.Option(help="Tokens of the prompts, by commas.")] = "16",
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 48,
-    engines: Annotated[
-        str, typer.Option(help="By commas: eager (model.generate), wina (wina.decode), compiled.")
-    ] = "eager,wina",
-    compiled: Annotated[
-        bool, typer.Option(help="Also with torch.compile (takes minutes on a CPU).")
-    ] = False,
-    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds (default 6).")] = None,
-    quick: Quick = False,
-    picture: Picture = None,
-    output: Output = None,
-    compare: Compare = None,
-    against: Against = None,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Time prefill and decode, dense and sparse in turn: `model.generate` and `wina.decode`."""
-    import torch
-
-    from wina.bench.decode import Sweep, bench_decode, calibration_texts, random_model
-    from wina.bench.machine import Neighbours
-    from wina.bench.timing import noise_warnings
-    from wina.config import SparsityConfig
-    from wina.threads import thread_warnings
-
-    if (model is None) == (shape is None):
-        raise WinaError("pass either --model or --shape")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise WinaError("device 'cuda' was asked for, but torch sees no GPU")
-    sweep = Sweep(
-        integers(batch), integers(context), new_tokens,
-        tuple(dict.fromkeys([*names(engines), *(["compiled"] if compiled else [])])),
-    )  # fmt: skip
-    plans = [
-        SparsityConfig(method=m, sparsity=s, calibration_tokens=2048)
-        for m in names(methods)
-        for s in numbers(sparsities)
-    ]
-    tokenizer: Any = None
-    texts: Any = None
-    began = time.perf_counter()
-    if shape is not None:
-        loaded: Any = random_model(shape, dtype)
-        texts = calibration_texts(loaded)
-    else:
-        assert model is not None
-        loaded, tokenizer = load_model(model, dtype, trust_remote_code)
-    loaded = loaded.to(device)
-    load_s = time.perf_counter() - began
-    effort = _effort(quick, rounds if quick else rounds or 6)
-    neighbours = Neighbours()
-    rows = bench_decode(loaded, plans, sweep, tokenizer, texts, effort)
-    warnings = noise_warnings(
-        [row for row in rows if row["method"] != "dense"],
-        ("engine", "method", "sparsity", "batch", "context"),
-    )
-    warnings += [*neighbours.warnings(), *thread_warnings()]
-    name = shape or Path(resolve_model(str(model))).name
-    run = _document(
-        "decode", f"{name}, {dtype}, {device}: greedy decode", rows, vars(sweep), warnings, effort,
-        model=name, other_cores=neighbours.cores, load_s=load_s,
-    )  # fmt: skip
-    _finish(run, picture, output, compare, against)
-
-
-@app.command("peers")
-def peers_command(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Folder of a Llama, or `demo`.")
-    ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="Random weights at a named shape: llama-3.2-1b, …")
-    ] = None,
-    weight_dtypes: Annotated[
-        str, typer.Option(help="By commas: f32, bf16, q8_0, q4_0.")
-    ] = "bf16,q8_0,q4_0",
-    peers: Annotated[str, typer.Option(help="By commas.")] = "llama.cpp,openvino,transformers",
-    peer_python: Annotated[
-        str, typer.Option(help="Python that has the peers' packages; default: this one.")
-    ] = sys.executable,
-    method: Annotated[str, typer.Option(help="Of our engine.")] = "wina",
-    sparsities: Annotated[str, typer.Option(help="Of our engine, by commas.")] = "0.5",
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
-    context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 16,
-    threads: Annotated[int, typer.Option(help="Of every engine.")] = 2,
-    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds (default 6).")] = None,
-    prepare_only: Annotated[
-        bool, typer.Option("--prepare-only", help="Write files and plans; measure nothing.")
-    ] = False,
-    quick: Quick = False,
-    output: Output = None,
-    compare: Compare = None,
-) -> None:
-    """Time decode of one sequence in llama.cpp, OpenVINO, transformers and wina, in turn.
-
-    Each engine runs in a process of its own. Peers are no dependencies: one that is not installed
-    is reported with the command that gets it. They may live in another environment, whose Python
-    `--peer-python` names:
-
-    python -m venv peers && peers/bin/pip install xllamacpp openvino-genai
-    """
-    from wina.bench.machine import Neighbours
-    from wina.bench.peers.measure import Contest, bench_peers
-    from wina.bench.peers.workshop import Workshop, default_root
-    from wina.bench.timing import noise_warnings
-
-    if (model is None) == (shape is None):
-        raise WinaError("pass either --model or --shape")
-    contest = Contest(
-        names(peers), names(weight_dtypes), method, numbers(sparsities), context, new_tokens,
-        threads, calibration_tokens=2048 if shape is None else 512,
-    )  # fmt: skip
-    if shape is not None:
-        shop = Workshop.for_shape(shape, default_root())
-    else:
-        shop = Workshop(Path(resolve_model(str(model))), default_root())
-    effort = _effort(quick, rounds if quick else rounds or 6)
-    neighbours = Neighbours()
-    outcome = bench_peers(shop, contest, peer_python, effort, prepare_only=prepare_only)
-    warnings = [f"{m['engine']} is missing: {m['reason']}" for m in outcome.missing]
-    warnings += [f"{w['engine']} in {w['dtype']} is wrong: {w['reason']}" for w in outcome.wrong]
-    ours = [row for row in outcome.rows if row["method"] != "dense" and "verdict" in row]
-    warnings += noise_warnings(ours, ("dtype", "sparsity"))
-    warnings += neighbours.warnings()
-    name = shape or shop.source.name
-    run = _document(
-        "peers", f"{name}: greedy decode of one sequence", outcome.rows, vars(contest), warnings,
-        effort, model=name, missing=outcome.missing, wrong=outcome.wrong,
-        other_cores=neighbours.cores,
-    )  # fmt: skip
-    _finish(run, None, output, compare)
-
-
-@app.command("profile")
-def profile_command(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Folder, hub id or `demo`.")
-    ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="Random weights at a named shape: llama-3.2-1b, …")
-    ] = None,
-    method: Annotated[str, typer.Option(help="wina, teal, …")] = "wina",
-    sparsities: Annotated[
-        str, typer.Option(help="By commas; `dense` is the model as it was loaded.")
-    ] = "dense,0.5",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 16,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to time.")] = 64,
-    picture: Picture = None,
-    output: Output = None,
-    compare: Compare = None,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Where a decoded token's time goes: products, attention, norms, Python; a stacked bar each."""
-    import torch
-
-    from wina.api import sparsify
-    from wina.bench.decode import calibration_texts, prompts_for, random_model
-    from wina.bench.machine import Neighbours
-    from wina.bench.profile import profile_decode
-    from wina.bench.runs import document
-    from wina.config import SparsityConfig
-    from wina.patch import is_patched, restore
-
-    if (model is None) == (shape is None):
-        raise WinaError("pass either --model or --shape")
-    tokenizer: Any = None
-    if shape is not None:
-        loaded: Any = random_model(shape, dtype)
-    else:
-        loaded, tokenizer = load_model(str(model), dtype, trust_remote_code)
-    prompt = prompts_for(loaded, tokenizer, 1, context)
-    neighbours = Neighbours()
-    rows: list[dict[str, Any]] = []
-    for wanted in names(sparsities):
-        dense = wanted == "dense"
-        if is_patched(loaded):
-            restore(loaded)
-        if not dense:
-            config = SparsityConfig(
-                method=method, sparsity=numbers(wanted)[0], calibration_tokens=2048
-            )
-            texts = None if tokenizer else calibration_texts(loaded)
-            sparsify(loaded, config, tokenizer=tokenizer, texts=texts)
-        row = {
-            "engine": "wina decode",
-            "method": "dense" if dense else method,
-            "sparsity": 0.0 if dense else numbers(wanted)[0],
-            "dtype": dtype,
-            "context": context,
-            "threads": torch.get_num_threads(),
-            **profile_decode(loaded, prompt, new_tokens),
-        }
-        row["speedup"] = (rows[0] if rows else row)["ms_per_token"] / row["ms_per_token"]
-        rows.append(row)
-    name = shape or Path(resolve_model(str(model))).name
-    run = document(
-        "profile", f"{name}, {dtype}: milliseconds of a decoded token", rows,
-        {"new_tokens": new_tokens}, neighbours.warnings(), model=name,
-        other_cores=neighbours.cores,
-    )  # fmt: skip
-    _finish(run, picture, output, compare)
-
-
-def integers(values: str) -> list[int]:
-    """Split at commas and read as whole numbers."""
-    try:
-        return [int(value) for value in names(values)]
-    except ValueError as error:
-        raise WinaError(f"expected whole numbers separated by commas: {error}") from None
-
-
-def _effort(quick: bool, rounds: int | None) -> Effort:
-    from wina.bench.timing import FULL, QUICK
-
-    effort = QUICK if quick else FULL
-    if rounds is None:
-        return effort
-    if rounds < 1:
-        raise WinaError(f"rounds are counted from 1, not {rounds}")
-    return replace(effort, rounds=rounds)
-
-
-def _document(
-    bench: str, title: str, rows: list[dict[str, Any]], arguments: Mapping[str, Any],
-    warnings: list[str], effort: Effort, **more: Any,
-) -> dict[str, Any]:  # fmt: skip
-    from wina.bench.runs import document
-
-    settings = {**arguments, "rounds": effort.rounds, "quick": not effort.claims}
-    return document(bench, title, rows, settings, warnings, **more)
-
-
-def _finish(
-    run: dict[str, Any], picture: Path | None, output: Path | None, compare: Path | None,
-    against: str | None = None, tables: Sequence[Table] = (),
-) -> None:  # fmt: skip
-    """Draw, show, compare and save a run."""
-    from wina.bench.plot import draw
-    from wina.bench.tables import publish
-
-    if picture is not None:
-        draw([run], picture)
-    publish(run, tables, output, compare, against, without_options(sys.argv[1:], HERE_ONLY))
-
-
-def without_options(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
-    """A command line without some options and their values."""
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        if skip:
-            skip = False
-        elif name in options:
-            skip = not equals
-        else:
-            kept.append(argument)
-    return kept
+app.command("decode")(decode_command)
+app.command("peers")(peers_command)
+app.command("profile")(profile_command)
 
 
 @app.command("tune")

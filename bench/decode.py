@@ -38,6 +38,9 @@ from wina.texts import bundled, to_windows
 __all__ = ["Sweep", "bench_decode", "decode_seconds", "prompts_for", "random_model"]
 
 
+SIDES = ("dense", "sparse")
+
+
 @dataclass(frozen=True)
 class Sweep:
     """What to generate: every combination of these.
@@ -46,7 +49,8 @@ class Sweep:
         batches: sequences at once.
         contexts: tokens of the prompts.
         new_tokens: of each sequence.
-        engines: names of :data:`wina.bench.generation.ENGINES`.
+        engines: names of :data:`wina.bench.generation.ENGINES`; ``"eager:dense"`` is for the dense
+            model only, ``"wina:sparse"`` for the patched one only.
     """
 
     batches: Sequence[int] = (1,)
@@ -60,7 +64,18 @@ class Sweep:
         if min((*self.batches, *self.contexts), default=0) < 1:
             raise ConfigError("batches and contexts are counted from 1")
         for name in self.engines:
-            ENGINES[name]
+            engine, _, side = name.partition(":")
+            ENGINES[engine]
+            if side not in ("", *SIDES):
+                raise ConfigError(f"{name!r}: an engine is for {' or '.join(SIDES)}, or for both")
+        for side in SIDES:
+            if not self.engines_of(side):
+                raise ConfigError(f"no engine is for the {side} model")
+
+    def engines_of(self, side: str) -> list[str]:
+        """Names of the engines that a model is run by; ``side`` is one of ``SIDES``."""
+        parts = [name.partition(":") for name in self.engines]
+        return [engine for engine, _, only in parts if only in ("", side)]
 
     def loads(self) -> list[tuple[int, int]]:
         """(batch, context) of every generation."""
@@ -131,11 +146,13 @@ def bench_decode(
     texts: Any = None,
     effort: Effort = FULL,
     show_progress: bool = True,
+    predict: bool = True,
 ) -> list[dict[str, Any]]:
     """Time prefill and greedy decode of the dense model and of every plan, in turn.
 
     The dense model is timed as transformers loads it, beside a patched copy, so both are in
-    memory at once. A plan of sparsity 0 gives ``speedup_vs_own_dense`` to the others of its method.
+    memory at once, but for embeddings and head, which they share. A plan of sparsity 0 gives
+    ``speedup_vs_own_dense`` to the others of its method.
 
     Args:
         model: a dense decoder.
@@ -145,6 +162,7 @@ def bench_decode(
         texts: calibration texts, see :func:`wina.calibrate`.
         effort: how many rounds.
         show_progress: draw progress on stderr.
+        predict: measure single operators first, for ``predicted_speedup``.
 
     Returns:
         Dense rows, then sparse ones, of {engine, method, sparsity, realised, dtype, batch,
@@ -153,11 +171,12 @@ def bench_decode(
         speedup_vs_own_dense, byte_ideal, predicted_speedup, low, high, uncertainty, rounds,
         verdict, spread, weights_gib, working_gib, memory_gib, peak_gib}. ``byte_ideal`` is dense
         bytes over the bytes that the sparse model reads at the sparsity realised in this very
-        run; ``predicted_speedup`` comes from the rates that single operators reach, measured
-        before, and adds the time of dense decode that they do not explain.
+        run; ``speedup_vs_dense`` is over the same engine where it ran the dense model, else over
+        the fastest that did; ``predicted_speedup`` comes from the rates that single operators
+        reach, measured before, and adds the time of dense decode that they do not explain.
     """
-    bench = _Bench(model, sweep, effort, tokenizer, show_progress)
-    patched = copy.deepcopy(model)
+    bench = _Bench(model, sweep, effort, tokenizer, show_progress, predict)
+    patched = _beside(model)
     for asked in plans:
         plan = sparsify(
             patched, asked, show_progress=show_progress,
@@ -169,12 +188,19 @@ def bench_decode(
     return bench.rows()
 
 
+def _beside(model: nn.Module) -> nn.Module:
+    """A copy that shares what no plan changes and is large."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    shared = {id(p): p for module in ends if module is not None for p in module.parameters()}
+    return copy.deepcopy(model, shared)
+
+
 class _Bench:
     """Gathers the rounds of all plans, then makes rows of them."""
 
     def __init__(
         self, model: nn.Module, sweep: Sweep, effort: Effort, tokenizer: Any | None,
-        show_progress: bool,
+        show_progress: bool, predict: bool,
     ) -> None:  # fmt: skip
         self.model, self.sweep, self.effort = model, sweep, effort
         self.show_progress = show_progress
@@ -186,8 +212,10 @@ class _Bench:
         self.prompts = {
             load: prompts_for(model, tokenizer, *load).to(self.device) for load in sweep.loads()
         }
-        self.memory = measured_device(
-            self.structure, self.dtype, self.device.type, effort, show_progress
+        self.memory = (
+            measured_device(self.structure, self.dtype, self.device.type, effort, show_progress)
+            if predict
+            else None
         )
         self.dense: dict[tuple[str, tuple[int, int]], _Runs] = {}
         self.sparse_rows: list[dict[str, Any]] = []
@@ -200,15 +228,15 @@ class _Bench:
                 generate(patched, prompt, min(self.sweep.new_tokens, 16))
             title = f"decoding {label}, batch {load[0]}, context {load[1]}"
             runs = self._interleave(patched, prompt, title)
-            for name in self.sweep.engines:
+            dense = {name: runs[name, "dense"] for name in self.sweep.engines_of("dense")}
+            for name, run in dense.items():
                 key = (name, load)
-                dense = runs[name, "dense"]
-                self.dense[key] = self.dense[key] + dense if key in self.dense else dense
-            best = _fastest({name: runs[name, "dense"] for name in self.sweep.engines})
-            for name in self.sweep.engines:
+                self.dense[key] = self.dense[key] + run if key in self.dense else run
+            best = _fastest(dense)
+            for name in self.sweep.engines_of("sparse"):
                 row = self._row(
                     ENGINES[name], load, runs[name, "sparse"], plan, counter.mean,
-                    runs[name, "dense"],
+                    dense.get(name, best),
                 )  # fmt: skip
                 row["speedup_vs_best_dense"] = ratio(best.decode, runs[name, "sparse"].decode)
                 row["weights_gib"] = model_bytes(patched) / 2**30
@@ -224,8 +252,8 @@ class _Bench:
         # All models of a class share one cache of compiled code, which is small and fails silently.
         torch.compiler.reset()
         with ExitStack() as stack:
-            for name in self.sweep.engines:
-                for side, module in models.items():
+            for side, module in models.items():
+                for name in self.sweep.engines_of(side):
                     run = stack.enter_context(ENGINES[name].on(module))
                     kept = found.setdefault((name, side), [])
 
@@ -241,9 +269,9 @@ class _Bench:
                         lambda run=run: run(prompt, self.sweep.new_tokens),  # type: ignore[misc]
                         self.device,
                     )
-            interleave(contenders, self.effort.rounds, title, self.show_progress)
-        # The first generation of each is the warm-up round's.
-        return {key: _Runs(tuple(every[1:]), *memory[key]) for key, every in found.items()}
+            # The run that measured memory has warmed each up.
+            interleave(contenders, self.effort.rounds, title, self.show_progress, warm=True)
+        return {key: _Runs(tuple(every), *memory[key]) for key, every in found.items()}
 
     def rows(self) -> list[dict[str, Any]]:
         """Dense rows, then sparse ones."""
@@ -306,7 +334,9 @@ class _Bench:
             "peak_gib": runs.peak / 2**30,
         }
 
-    def _predicted(self, work: Load, patched: bool, dense_tokens_per_s: float) -> float:
+    def _predicted(self, work: Load, patched: bool, dense_tokens_per_s: float) -> float | None:
+        if self.memory is None:
+            return None
         overhead = overhead_for(self.structure, self.memory, work, dense_tokens_per_s)
         dense = cost(self.structure, work.dense).seconds(self.memory, overhead)
         step = replace(cost(self.structure, work), sparse=patched)  # at sparsity 0, too

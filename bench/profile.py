@@ -26,6 +26,7 @@ _KIND_OF = {
         ("sparse", "sparse_integers", "gate_up", "gate_up_integers", "group_of_three"), SPARSE
     ),
     "dense": DENSE,
+    "dense_integers": DENSE,
     "attend": ATTENTION,
     "rms_norm": NORMS,
 }

@@ -69,7 +69,9 @@ KINDS: dict[str, Kind] = {
         "speedup_vs_best_peer",
     ),
     "profile": Kind(
-        ("method", "sparsity", "dtype", "context", "threads"), "ms_per_token", "speedup"
+        ("method", "sparsity", "dtype", "weight_dtype", "context", "threads"),
+        "ms_per_token",
+        "speedup",
     ),
     "roofline": Kind(("sparsity", "batch", "context"), "ms_per_step", "speedup"),
 }

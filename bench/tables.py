@@ -105,6 +105,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("method", _text("method")),
         ("sparsity", _number("sparsity", ".2f")),
         ("dtype", _text("dtype")),
+        ("weights", _text("weight_dtype")),
         ("context", _text("context")),
         *((kind, _milliseconds(kind)) for kind in PROFILE_KINDS),
         ("ms a token", _number("ms_per_token", ".2f")),

@@ -158,8 +158,9 @@ def interleave(
     rounds: int,
     title: str = "timing",
     show_progress: bool = True,
+    warm: bool = False,
 ) -> dict[str, Timing]:
-    """Run every contender once a round, in turn, after one round of warming up.
+    """Run every contender once a round, in turn, after one round of warming up unless all are warm.
 
     A contender may return the seconds it measured itself; otherwise its call is timed. Running in
     turn makes a slow phase of the machine hit all alike, so ratios are steadier than times. Every
@@ -167,8 +168,9 @@ def interleave(
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders.items())
-    with progress(title, (rounds + 1) * len(contenders), show_progress) as advance:
-        for number in range(rounds + 1):
+    first = 1 if warm else 0
+    with progress(title, (rounds + 1 - first) * len(contenders), show_progress) as advance:
+        for number in range(first, rounds + 1):
             for name, contender in order if number % 2 else reversed(order):
                 start = time.perf_counter()
                 measured = contender()

@@ -12,6 +12,7 @@ import typer
 from wina.cli_options import (
     CountAs,
     Dtype,
+    HeadDtype,
     Model,
     Trust,
     WeightDtype,
@@ -253,6 +254,7 @@ def eval_ppl(
     calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 8192,
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
+    head_dtype: HeadDtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity of methods × sparsities on a text that calibration never saw."""
@@ -278,6 +280,7 @@ def eval_ppl(
             "calibration_tokens": calibration_tokens,
             "weight_dtype": weight_dtype,
         },
+        head_dtype=head_dtype,
     )
     print_comparison(Path(resolve_model(model)).name, rows, prefill)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ from wina.allocation import Measurements
 from wina.api import sparsify
 from wina.bench.machine import machine_card
 from wina.config import SparsityConfig
+from wina.decoding.head import AUTO, read_rounded
+from wina.decoding.head import head_dtype as chosen_head
 from wina.errors import ConfigError
 from wina.inspection import inspect, measure_sparsity
 from wina.methods import METHODS
@@ -158,6 +160,7 @@ def compare(
     prefill: str = "all",
     settings: Mapping[str, Any] | None = None,
     show_progress: bool = True,
+    head_dtype: str = AUTO,
 ) -> list[dict[str, Any]]:
     """Perplexity of every method at every sparsity, calibrated on the bundled text.
 
@@ -172,6 +175,7 @@ def compare(
         prefill: which tokens of a window are sparse.
         settings: further fields of :class:`SparsityConfig`.
         show_progress: draw progress bars on stderr.
+        head_dtype: of the sparse models' head, as :func:`wina.decode` reads it.
 
     Returns:
         Rows of {method, sparsity, realised_bytes_sparsity, perplexity, nats_over_dense,
@@ -197,10 +201,12 @@ def compare(
             )  # fmt: skip
             try:
                 title = f"scoring {config.method} at {config.sparsity:.0%}"
-                scored = perplexity(
-                    model, windows, prefill, config.sink_tokens, title=title,
-                    show_progress=show_progress,
-                )  # fmt: skip
+                rounded = chosen_head(model, head_dtype)
+                with nullcontext() if rounded is None else read_rounded(model, rounded):
+                    scored = perplexity(
+                        model, windows, prefill, config.sink_tokens, title=title,
+                        show_progress=show_progress,
+                    )  # fmt: skip
             finally:
                 restore(model)
         rows.append(_row(config.method, config.sparsity, scored, baseline))

@@ -210,7 +210,12 @@ def _check_dense_rows(a: Arguments) -> None:
         )
     if a.x.dtype != a.weight.dtype:
         raise RuntimeError(f"x and weight must share a dtype, got {a.x.dtype} and {a.weight.dtype}")
+    if a.threshold is not None:
+        check_linear(a.x, a.weight.t(), a.threshold, a.bias, a.scale)
+    elif a.scale is not None:
+        raise RuntimeError("a scale is of thresholds, which are not given")
     check_bias(a.x, a.weight.shape[0], a.bias)
+    check_residual(a.x, a.weight.shape[0], a.residual)
 
 
 def _check_sparse_linear(a: Arguments) -> None:

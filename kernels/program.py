@@ -92,11 +92,6 @@ def _embed(token: int, table: Tensor, scale: float) -> Tensor:
     return (table[token].float() * scale).to(table.dtype)
 
 
-def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    y = ops.dense_linear_rows(x, weight, bias)
-    return y if residual is None else residual + y
-
-
 def _gate_up(x: Tensor, gate: Tensor, up: Tensor, gate_threshold: Tensor, up_threshold: Tensor,
              activation: int, *rest: Tensor | None) -> Tensor:  # fmt: skip
     name = ACTIVATION_NAMES[activation]
@@ -154,7 +149,11 @@ _GATE_UP_TAIL = (CONSTANT, CONSTANT, INTEGER, CONSTANT, CONSTANT, REGISTER, REGI
 INSTRUCTIONS: dict[str, Instruction] = {
     "embed": Instruction(_embed, (CONSTANT, NUMBER), "token"),
     "rms_norm": Instruction(rms_norm, (REGISTER, CONSTANT, NUMBER, NUMBER)),
-    "dense": Instruction(_dense, (REGISTER, CONSTANT, CONSTANT, REGISTER)),
+    # bias, threshold, scale, residual
+    "dense": Instruction(
+        lambda *a: ops.dense_linear_rows(*a),
+        (REGISTER, CONSTANT, CONSTANT, CONSTANT, REGISTER, REGISTER),
+    ),
     "sparse": Instruction(lambda *a: ops.sparse_linear(*a), (REGISTER, CONSTANT, *_SPARSE_TAIL)),
     "sparse_integers": Instruction(
         lambda *a: quantized.linear_operator(*a),
@@ -179,7 +178,10 @@ INSTRUCTIONS: dict[str, Instruction] = {
     "group_of_three": Instruction(
         _group_of_three, (REGISTER, *3 * (CONSTANT, CONSTANT, CONSTANT, REGISTER))
     ),
-    "masked": Instruction(reference.mask_inputs, (REGISTER, CONSTANT, REGISTER)),
+    "dense_integers": Instruction(
+        lambda *a: quantized.dense_rows_operator(*a),
+        (REGISTER, CONSTANT, CONSTANT, INTEGER, INTEGER, CONSTANT),
+    ),
 }
 _TABLE = tuple(INSTRUCTIONS.values())
 

@@ -56,18 +56,31 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return F.linear(x, weight.t(), bias)
 
 
-def dense_linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = W·x + bias for a row-major W: an ``lm_head``, or another linear that is not patched.
+def dense_linear_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    threshold: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """y = residual + W·x + bias for a row-major W, all of which is read: an ``lm_head``, another
+    linear that is not patched, or, with thresholds, one whose rows are not worth skipping.
 
     Args:
         x: hidden states [..., K].
         weight: [N, K] as ``nn.Linear`` keeps it, so that an embedding can share it.
         bias: [N] or None.
+        threshold, scale: inactive channels of x count as zero, see :func:`keep_mask`; None for
+            none of them.
+        residual: [..., N] in the dtype of x, or None. Kernels for few tokens add it before their
+            one rounding.
 
     Returns:
         [..., N] in the dtype of x.
     """
-    return F.linear(x, weight, bias)
+    y = F.linear(x if threshold is None else mask_inputs(x, threshold, scale), weight, bias)
+    return y if residual is None else residual + y
 
 
 def sparse_linear(

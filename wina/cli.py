@@ -19,6 +19,7 @@ from wina.bench.cli import app as bench_app
 from wina.cli_options import (
     CountAs,
     Dtype,
+    HeadDtype,
     Json,
     Method,
     Model,
@@ -306,6 +307,7 @@ def generate(
     json_output: Json = False,
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
+    head_dtype: HeadDtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """Continue a prompt, dense (`--method dense`) or sparse, as fast as this machine can.
@@ -317,7 +319,7 @@ def generate(
     from wina.decoding.command import Request, run
 
     request = Request(
-        prompt, model, plan, method, sparsity, dtype, weight_dtype, trust_remote_code,
+        prompt, model, plan, method, sparsity, dtype, weight_dtype, head_dtype, trust_remote_code,
         stream and not json_output, json_output, seed,
         {
             "max_new_tokens": max_new_tokens,

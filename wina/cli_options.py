@@ -36,6 +36,13 @@ WeightDtype = Annotated[
         "default: as loaded."
     ),
 ]
+HeadDtype = Annotated[
+    str,
+    typer.Option(
+        help="How decoding reads the language-model head: model (as it is), int8, int4, or auto: "
+        "int8 where the projections are integers."
+    ),
+]
 CountAs = Annotated[
     str,
     typer.Option(

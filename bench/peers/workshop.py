@@ -93,13 +93,17 @@ class Workshop:
     def model(self) -> nn.Module:
         """The dense model in float32, the fastest to calibrate; until :meth:`release`."""
         if self._model is None:
-            from transformers import AutoModelForCausalLM
-            from transformers.utils import logging
-
-            logging.disable_progress_bar()
-            loaded = AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32)
-            self._model = loaded.eval()
+            self._model = self.load("float32")
         return self._model
+
+    def load(self, dtype: str) -> nn.Module:
+        """The dense model in a dtype, for the caller to keep."""
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype)
+        return loaded.eval()
 
     def tokenizer(self) -> Any | None:
         """The folder's tokenizer; None for random weights, which have none."""

@@ -11,9 +11,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Below which sparsity skipping rows is slower than reading all of a weight, by the bytes of a row
 # [j, :]: of shorter rows than these, this. The first is read off `wina bench profile` of
-# SmolLM2-135M (rows of 384 to 3,072 bytes); the second is a guess from operators alone, yet to be
-# measured in a step.
-BREAK_EVEN = ((4096, 0.5), (1 << 62, 0.1))
+# SmolLM2-135M (rows of 384 to 3,072 bytes), the second off `wina bench kernels --backend
+# cpu,cpu-rows` on the shapes of Llama-3.2-1B, where it lies between 11 and 20 %.
+BREAK_EVEN = ((4096, 0.5), (1 << 62, 0.2))
 _CACHED_BYTES = 1 << 17  # smaller weights stay in a cache, where rows are not waited for
 
 __all__ = [
@@ -73,9 +73,7 @@ def masked_linear_rows(
     residual: Tensor | None = None,
 ) -> Tensor:
     """:func:`wina.kernels.reference.sparse_linear`, reading all of a row-major weight."""
-    masked = reference.mask_inputs(x, threshold, scale)
-    y = dense_linear_transposed(masked, weight, bias)
-    return y if residual is None else residual + y
+    return ops.dense_linear_rows(x, weight.t(), bias, threshold, scale, residual)
 
 
 def masked_gate_up_rows(

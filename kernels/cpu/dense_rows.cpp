@@ -4,7 +4,8 @@
 // An output is a dot product along a row. A thread cuts its rows into kRows parts and walks them side
 // by side: so many long contiguous streams reach more bandwidth than one does, and far more than as
 // many rows next to each other, where every stream jumps at the end of a row. x is widened, and
-// brought into the order in which weights are widened, once a call. Every row is summed in the same
+// brought into the order in which weights are widened, once a call; there, too, inputs that thresholds
+// drop become zeros: all of the weight is read, and the mask costs no pass of its own. Every row is summed in the same
 // order wherever it falls: results are bit-identical for any number of threads.
 
 #include <ATen/ops/linear.h>
@@ -24,6 +25,12 @@ constexpr int64_t kDequantizedRows = 1024;  // widened at a time then
 constexpr int kShared = 4;
 constexpr int accumulators_of(int tokens) { return tokens == 1 ? 2 : 1; }
 
+// Which inputs count: those of token t that are not below threshold[k] * scale[t]. Null: all.
+struct Mask {
+  const float* threshold = nullptr;  // [K]
+  const float* scale = nullptr;      // [tokens]
+};
+
 inline void prefetch_ahead(const void* p) {
   __builtin_prefetch(static_cast<const char*>(p) + kAheadBytes, 0, 3);
 }
@@ -42,15 +49,45 @@ struct FloatRows {
   int64_t stride() const { return K; }  // of tokens in x_in_order
 
   // [tokens][stride()]
-  void x_in_order(const T* x, int64_t tokens, float* out) const {
+  void x_in_order(const T* x, int64_t tokens, const Mask& mask, float* out) const {
     for (int64_t t = 0; t < tokens; ++t) {
       const T* from = x + t * K;
       float* to = out + t * K;
       int64_t k = 0;
+      if (mask.threshold) {
+        in_order_masked(from, mask, t, to);
+        continue;
+      }
       for (; k + kColumnsOfStep <= K; k += kColumnsOfStep)
         for (int64_t p = 0; p < kColumnsOfStep; p += kStep)
           store_pair(to + k + p, load_pair(from + k + p));
       for (; k < K; ++k) to[k] = static_cast<float>(from[k]);
+    }
+  }
+
+  // Of token t: a block that is widened and masked at a time, then brought into order.
+  void in_order_masked(const T* from, const Mask& mask, int64_t t, float* to) const {
+    using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+    constexpr int64_t block = 128;  // whole steps
+    const float scale = mask.scale ? mask.scale[t] : 1.0f;
+    const int64_t ordered = K / kColumnsOfStep * kColumnsOfStep;
+    for (int64_t first = 0; first < K; first += block) {
+      const int64_t n = std::min(block, K - first);
+      // In steps that the compiler turns into vectors: bits are cleared, floats are compared.
+      float wide[block];
+      Bits bits[block];
+      for (int64_t i = 0; i < n; ++i) wide[i] = static_cast<float>(from[first + i]);
+      std::memcpy(bits, from + first, n * sizeof(T));
+      for (int64_t i = 0; i < n; ++i) {
+        const bool keep = !(std::fabs(wide[i]) <= cutoff(mask.threshold[first + i], scale));
+        bits[i] &= static_cast<Bits>(-static_cast<int32_t>(keep));
+      }
+      T kept[block];
+      std::memcpy(kept, bits, n * sizeof(T));
+      int64_t k = 0;
+      for (; first + k < ordered && k < n; k += kStep)
+        store_pair(to + first + k, load_pair(kept + k));
+      for (; k < n; ++k) to[first + k] = static_cast<float>(kept[k]);
     }
   }
 
@@ -96,17 +133,17 @@ struct FloatRows {
 // `begin`, what the format takes off.
 template <int R, int TT, int A>
 inline void add_group(Int8, const int8_t* const* row, int64_t bytes, const float* x,
-                      int64_t stride, Floats (*acc)[TT][A]) {
-  for (int64_t k = 0; k < bytes; k += kStep) {
+                      int64_t stride, WideFloats (*acc)[TT][A]) {
+  for (int64_t k = 0; k < bytes; k += 2 * kWide) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      const int64_t at = k + half * kLanes;
-      Floats w[R];
+      const int64_t at = k + half * kWide;
+      WideFloats w[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) w[r] = load_bytes(row[r] + at);
 #pragma GCC unroll 4
       for (int t = 0; t < TT; ++t) {
-        const Floats v = load(x + t * stride + at);
+        const WideFloats v = load_wide(x + t * stride + at);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[r][t][half % A] += v * w[r];
       }
@@ -116,21 +153,21 @@ inline void add_group(Int8, const int8_t* const* row, int64_t bytes, const float
 
 template <int R, int TT, int A>
 inline void add_group(Int4, const int8_t* const* row, int64_t, const float* x, int64_t stride,
-                      Floats (*acc)[TT][A]) {
-#pragma GCC unroll 8
-  for (int p = 0; p < kNibbles; ++p)
+                      WideFloats (*acc)[TT][A]) {
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      Floats w[R];
+  for (int first = 0; first < kWordsOfGroup; first += kWide) {
+    WideWords words[R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) w[r] = load_nibbles(row[r] + half * sizeof(Words), p);
+    for (int r = 0; r < R; ++r) words[r] = load_words(row[r] + first * sizeof(uint32_t));
+#pragma GCC unroll 8
+    for (int p = 0; p < kNibbles; ++p)
 #pragma GCC unroll 4
       for (int t = 0; t < TT; ++t) {
-        const Floats v = load(x + t * stride + p * kStep + half * kLanes);
+        const WideFloats v = load_wide(x + t * stride + p * kWordsOfGroup + first);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) acc[r][t][half % A] += v * w[r];
+        for (int r = 0; r < R; ++r) acc[r][t][p % A] += v * nibbles(words[r], p);
       }
-    }
+  }
 }
 
 template <class T, class Format>
@@ -142,27 +179,27 @@ struct IntegerRows {
   int64_t K, bytes, row_scales, groups;
 
   int64_t row_bytes() const { return bytes; }
-  // Of a token: its columns padded to whole groups, then kLanes sums a group.
+  // Of a token: its columns padded to whole groups, then kWide sums a group.
   int64_t columns() const { return groups * kColumns; }
-  int64_t stride() const { return columns() + groups * kLanes; }
+  int64_t stride() const { return columns() + groups * kWide; }
 
   // [tokens][stride()]. Four bits hold q + 8, so a group's sum begins with -8 times that of x, by
   // lanes; a nibble is 16^p too large where it stands in its word.
-  void x_in_order(const T* x, int64_t tokens, float* out) const {
+  void x_in_order(const T* x, int64_t tokens, const Mask&, float* out) const {
     for (int64_t t = 0; t < tokens; ++t) {
       float* to = out + t * stride();
       for (int64_t k = 0; k < K; ++k) to[k] = static_cast<float>(x[t * K + k]);
       std::fill(to + K, to + columns(), 0.0f);
       for (int64_t g = 0; g < groups; ++g) {
-        Floats begin{};
+        WideFloats begin{};
         if (Format::kBits == 4)
           for (int p = 0; p < kNibbles; ++p)
-            for (int half = 0; half < 2; ++half) {
-              float* v = to + g * kColumns + p * kStep + half * kLanes;
-              begin -= 8.0f * load(v);
-              store(v, load(v) * nibble_unit(p));
+            for (int first = 0; first < kWordsOfGroup; first += kWide) {
+              float* v = to + g * kColumns + p * kWordsOfGroup + first;
+              begin -= 8.0f * load_wide(v);
+              store_wide(v, load_wide(v) * nibble_unit(p));
             }
-        store(to + columns() + g * kLanes, begin);
+        store_wide(to + columns() + g * kWide, begin);
       }
     }
   }
@@ -174,20 +211,21 @@ struct IntegerRows {
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t at = g * Format::kBytes, used = std::min(Format::kBytes, bytes - at);
       const int8_t* row[R];
-      Floats acc[R][TT][A];
+      WideFloats acc[R][TT][A];
       for (int r = 0; r < R; ++r) {
         row[r] = weight + n[r] * bytes + at;
         for (int64_t b = 0; b < used; b += kLine) prefetch_ahead(row[r] + b);
         for (int t = 0; t < TT; ++t) {
-          acc[r][t][A - 1] = Floats{};
-          acc[r][t][0] = load(x + t * stride() + columns() + g * kLanes);
+          acc[r][t][A - 1] = WideFloats{};
+          acc[r][t][0] = load_wide(x + t * stride() + columns() + g * kWide);
         }
       }
       add_group<R, TT, A>(Format{}, row, used, x + g * kColumns, stride(), acc);
       for (int r = 0; r < R; ++r) {
         const auto scale = static_cast<float>(scales[n[r] * row_scales + g]);
         for (int t = 0; t < TT; ++t)
-          total[r][t] += scale * (A == 2 ? acc[r][t][0] + acc[r][t][A - 1] : acc[r][t][0]);
+          total[r][t] +=
+              scale * folded(A == 2 ? acc[r][t][0] + acc[r][t][A - 1] : acc[r][t][0]);
       }
     }
     for (int r = 0; r < R; ++r)
@@ -197,10 +235,23 @@ struct IntegerRows {
 
 // ---------------------------------------------------------------------------------- operators
 
+// What is added to sums before they are rounded; null for nothing.
+template <class T>
+struct Added {
+  const T* bias;      // [N]
+  const T* residual;  // [tokens][N]
+
+  float at(int64_t t, int64_t n, int64_t N) const {
+    return (bias ? static_cast<float>(bias[n]) : 0.0f) +
+        (residual ? static_cast<float>(residual[t * N + n]) : 0.0f);
+  }
+  Added from(int64_t t, int64_t N) const { return {bias, residual ? residual + t * N : nullptr}; }
+};
+
 // y[t][n] for TT tokens and the rows n + r * step, r < R, that are below `end`.
 template <int R, int TT, class Rows>
 void few_tokens(const Rows& rows, int64_t n, int64_t step, int64_t end, int64_t N, const float* x,
-                const typename Rows::In* bias, typename Rows::In* y) {
+                const Added<typename Rows::In>& added, typename Rows::In* y) {
   using T = typename Rows::In;
   int64_t row[R];
   for (int r = 0; r < R; ++r) row[r] = std::min(n + r * step, end - 1);
@@ -208,19 +259,20 @@ void few_tokens(const Rows& rows, int64_t n, int64_t step, int64_t end, int64_t 
   rows.template dot<R, TT>(row, x, out);
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < TT; ++t)
-      y[t * N + row[r]] = static_cast<T>(out[r][t] + (bias ? static_cast<float>(bias[row[r]]) : 0));
+      y[t * N + row[r]] = static_cast<T>(out[r][t] + added.at(t, row[r], N));
 }
 
 template <class Rows>
-void multiply(const Rows& rows, const Tensor& x, int64_t tokens, int64_t N, const Tensor& bias,
-              Tensor& y) {
+void multiply(const Rows& rows, const Tensor& x, int64_t tokens, int64_t N, const Mask& mask,
+              const Tensor& bias, const Tensor& residual, Tensor& y) {
   using T = typename Rows::In;
   static thread_local std::vector<float> scratch;
   const int64_t stride = rows.stride();
   if (static_cast<int64_t>(scratch.size()) < tokens * stride) scratch.resize(tokens * stride);
   float* in = scratch.data();
-  rows.x_in_order(x.const_data_ptr<T>(), tokens, in);
-  const T* b = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
+  rows.x_in_order(x.const_data_ptr<T>(), tokens, mask, in);
+  const auto data = [](const Tensor& v) { return v.defined() ? v.const_data_ptr<T>() : nullptr; };
+  const Added<T> added{data(bias), data(residual)};
   T* out = y.mutable_data_ptr<T>();
   const int64_t grain = std::max<int64_t>(1, kSerialBytes / std::max<int64_t>(1, rows.row_bytes()));
   at::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) {
@@ -229,16 +281,17 @@ void multiply(const Rows& rows, const Tensor& x, int64_t tokens, int64_t N, cons
       for (int64_t t = 0; t < tokens; t += kShared) {
         const float* from = in + t * stride;
         T* to = out + t * N;
+        const Added<T> more = added.from(t, N);
         switch (std::min<int64_t>(kShared, tokens - t)) {
-          case 1: few_tokens<kRows, 1>(rows, n, step, end, N, from, b, to); break;
-          case 2: few_tokens<kRows, 2>(rows, n, step, end, N, from, b, to); break;
+          case 1: few_tokens<kRows, 1>(rows, n, step, end, N, from, more, to); break;
+          case 2: few_tokens<kRows, 2>(rows, n, step, end, N, from, more, to); break;
           case 3:
-            few_tokens<kRows / 2, 3>(rows, n, step, end, N, from, b, to);
-            few_tokens<kRows / 2, 3>(rows, n + 2 * step, step, end, N, from, b, to);
+            few_tokens<kRows / 2, 3>(rows, n, step, end, N, from, more, to);
+            few_tokens<kRows / 2, 3>(rows, n + 2 * step, step, end, N, from, more, to);
             break;
           default:
-            few_tokens<kRows / 2, 4>(rows, n, step, end, N, from, b, to);
-            few_tokens<kRows / 2, 4>(rows, n + 2 * step, step, end, N, from, b, to);
+            few_tokens<kRows / 2, 4>(rows, n, step, end, N, from, more, to);
+            few_tokens<kRows / 2, 4>(rows, n + 2 * step, step, end, N, from, more, to);
             break;
         }
       }
@@ -288,7 +341,9 @@ Tensor output(const Tensor& x, int64_t N) {
   return at::empty(shape, x.options());
 }
 
-Tensor dense_linear_rows(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+Tensor dense_linear_rows(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& threshold, const OptionalTensor& scale,
+                         const OptionalTensor& residual) {
   const char* op = "wina::dense_linear_rows";
   check_input(op, x, weight.requires_grad());
   const int64_t K = x.size(-1), tokens = tokens_of(x);
@@ -298,13 +353,26 @@ Tensor dense_linear_rows(const Tensor& x, const Tensor& weight, const OptionalTe
   TORCH_CHECK(weight.scalar_type() == x.scalar_type(), op, ": weight must have x's dtype ",
               x.scalar_type(), ", got ", weight.scalar_type());
   const int64_t N = weight.size(0);
-  const Tensor added = check_bias(op, x, N, bias);
-  if (!fast(x, tokens, N) || !weight.is_contiguous()) return at::linear(x, weight, bias);
+  Vectors v;
+  if (threshold.has_value()) {
+    v = check_vectors(op, "", x, tokens, N, *threshold, bias, scale);
+  } else {
+    TORCH_CHECK(!scale.has_value(), op, ": a scale is of thresholds, which are not given");
+    v.bias = check_bias(op, x, N, bias);
+  }
   Tensor y = output(x, N);
+  const Tensor added = check_residual(op, x, tokens, y.sizes(), residual);
+  if (!fast(x, tokens, N) || !weight.is_contiguous()) {
+    const Tensor flat = x.reshape({tokens, K});
+    Tensor product = at::linear(v.threshold.defined() ? masked(flat, v) : flat, weight, v.bias);
+    if (added.defined()) product.add_(added);
+    return product.view(y.sizes());
+  }
   const Tensor in = x.contiguous();
+  const Mask mask{data_or_null(v.threshold), data_or_null(v.scale)};
   const auto run = [&](auto* data) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
-    multiply(FloatRows<T>{data, K}, in, tokens, N, added, y);
+    multiply(FloatRows<T>{data, K}, in, tokens, N, mask, v.bias, added, y);
   };
   switch (x.scalar_type()) {
     case at::kBFloat16: run(weight.const_data_ptr<at::BFloat16>()); break;
@@ -321,7 +389,7 @@ void multiply_integers(const Packed& q, const Tensor& x, int64_t tokens, const T
     const IntegerRows<T, decltype(format)> rows{
         q.packed.const_data_ptr<int8_t>(), q.scales.const_data_ptr<at::BFloat16>(), q.columns,
         q.packed.size(1), q.scales.size(1), q.groups()};
-    multiply(rows, x, tokens, q.packed.size(0), bias, y);
+    multiply(rows, x, tokens, q.packed.size(0), {}, bias, {}, y);
   });
 }
 

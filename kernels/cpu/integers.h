@@ -9,23 +9,53 @@ namespace {
 
 constexpr int64_t kColumns = 128;  // of a group: one scale a row
 
-typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+// Integers take several instructions each vector, so its width counts for more than with floats: as
+// wide as the machine has it.
+#if defined(__AVX512F__)
+constexpr int kWide = 16;
+#else
+constexpr int kWide = kLanes;
+#endif
+typedef float WideFloats __attribute__((vector_size(kWide * sizeof(float))));
+typedef int32_t WideIntegers __attribute__((vector_size(kWide * sizeof(int32_t))));
+typedef uint32_t WideWords __attribute__((vector_size(kWide * sizeof(uint32_t))));
+typedef int8_t Bytes __attribute__((vector_size(kWide)));
 
-inline Floats to_floats(Integers v) { return __builtin_convertvector(v, Floats); }
+inline WideFloats load_wide(const float* p) {
+  WideFloats v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 
-// Eight 8-bit weights. GCC 12 widens them one by one where it is not told how.
-inline Floats load_bytes(const int8_t* p) {
-#if defined(__AVX2__)
+inline void store_wide(float* p, WideFloats v) { std::memcpy(p, &v, sizeof v); }
+
+// The two halves of wide lanes added, where there are two.
+inline Floats folded(WideFloats v) {
+  Floats part[kWide / kLanes];
+  std::memcpy(part, &v, sizeof v);
+  return kWide == kLanes ? part[0] : part[0] + part[kWide / kLanes - 1];
+}
+
+// kWide 8-bit weights. GCC 12 widens them one by one where it is not told how.
+inline WideFloats load_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  __m128i b;
+  std::memcpy(&b, p, sizeof b);
+  const __m512i words = _mm512_cvtepi8_epi32(b);
+#elif defined(__AVX2__)
   int64_t b;
   std::memcpy(&b, p, sizeof b);
   const __m256i words = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(b));
-  Integers q;
-  std::memcpy(&q, &words, sizeof q);
-  return to_floats(q);
 #else
-  Bytes b;
-  std::memcpy(&b, p, sizeof b);
-  return __builtin_convertvector(b, Floats);
+  Bytes words;
+  std::memcpy(&words, p, sizeof words);
+#endif
+#if defined(__AVX2__)
+  WideIntegers q;
+  std::memcpy(&q, &words, sizeof q);
+  return __builtin_convertvector(q, WideFloats);
+#else
+  return __builtin_convertvector(words, WideFloats);
 #endif
 }
 
@@ -48,17 +78,22 @@ struct Int4 {
 // Nibble p of a vector of words without shifting it down: q + 8, times 16^p, which the other factor
 // makes up for (nibble_unit). Only the last nibble is shifted, to keep it off the sign bit.
 constexpr int kNibbles = 8;
+constexpr int kWordsOfGroup = 16;
 constexpr int nibble_shift(int p) { return p == kNibbles - 1 ? 4 : 0; }
 constexpr int nibble_at(int p) { return 4 * p - nibble_shift(p); }
 constexpr float nibble_unit(int p) { return 1.0f / static_cast<float>(int64_t{1} << nibble_at(p)); }
 
-inline Floats load_nibbles(const int8_t* words, int p) {
-  Words w;
-  std::memcpy(&w, words, sizeof w);
-  const Words bits = (w >> nibble_shift(p)) & (15u << nibble_at(p));
-  Integers q;
+inline WideWords load_words(const int8_t* p) {
+  WideWords w;
+  std::memcpy(&w, p, sizeof w);
+  return w;
+}
+
+inline WideFloats nibbles(WideWords w, int p) {
+  const WideWords bits = (w >> nibble_shift(p)) & (15u << nibble_at(p));
+  WideIntegers q;
   std::memcpy(&q, &bits, sizeof q);
-  return to_floats(q);
+  return __builtin_convertvector(q, WideFloats);
 }
 
 template <class F>

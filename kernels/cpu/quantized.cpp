@@ -20,20 +20,20 @@ template <int TT>
 void add(Int8, const int8_t* const* rows, int64_t bytes, const float (*c)[kGroup], float* sums,
          int64_t stride) {
   constexpr int P = TT <= 2 ? 4 : 2;  // vectors of columns side by side
-  for (int64_t v = 0; v < bytes / kLanes; v += P) {
-    Floats a[TT][P] = {};
+  for (int64_t v = 0; v < bytes / kWide; v += P) {
+    WideFloats a[TT][P] = {};
 #pragma GCC unroll 8
     for (int r = 0; r < kGroup; ++r)
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
-        const Floats w = load_bytes(rows[r] + (v + p) * kLanes);
+        const WideFloats w = load_bytes(rows[r] + (v + p) * kWide);
 #pragma GCC unroll 4
         for (int t = 0; t < TT; ++t) a[t][p] += c[t][r] * w;
       }
     for (int t = 0; t < TT; ++t)
       for (int p = 0; p < P; ++p) {
-        float* sum = sums + t * stride + (v + p) * kLanes;
-        store(sum, load(sum) + a[t][p]);
+        float* sum = sums + t * stride + (v + p) * kWide;
+        store_wide(sum, load_wide(sum) + a[t][p]);
       }
   }
 }
@@ -65,24 +65,32 @@ void add(Int4, const int8_t* const* rows, int64_t, float (*c)[kGroup], float* su
     }
     offset[t] = -8.0f * total;
   }
-#pragma GCC unroll 8
-  for (int p = 0; p < kNibbles; ++p) {
-    Floats a[TT][2];
-    for (int t = 0; t < TT; ++t) a[t][0] = a[t][1] = Floats{} + offset[t] / nibble_unit(p);
-#pragma GCC unroll 8
-    for (int r = 0; r < kGroup; ++r)
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const Floats w = load_nibbles(rows[r] + half * sizeof(Words), p);
+  constexpr int P = TT == 1 ? kNibbles : TT == 2 ? 4 : 2;  // nibbles that share a loaded word
+  for (int first = 0; first < kWordsOfGroup; first += kWide)
 #pragma GCC unroll 4
-        for (int t = 0; t < TT; ++t) a[t][half] += c[t][r] * w;
+    for (int p0 = 0; p0 < kNibbles; p0 += P) {
+      WideFloats a[TT][P];
+      for (int t = 0; t < TT; ++t)
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p)
+          a[t][p] = WideFloats{} + offset[t] / nibble_unit(p0 + p);
+#pragma GCC unroll 8
+      for (int r = 0; r < kGroup; ++r) {
+        const WideWords words = load_words(rows[r] + first * sizeof(uint32_t));
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) {
+          const WideFloats w = nibbles(words, p0 + p);
+#pragma GCC unroll 4
+          for (int t = 0; t < TT; ++t) a[t][p] += c[t][r] * w;
+        }
       }
-    for (int t = 0; t < TT; ++t)
-      for (int half = 0; half < 2; ++half) {
-        float* sum = sums + t * stride + p * kStep + half * kLanes;
-        store(sum, load(sum) + a[t][half]);
-      }
-  }
+      for (int t = 0; t < TT; ++t)
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) {
+          float* sum = sums + t * stride + (p0 + p) * kWordsOfGroup + first;
+          store_wide(sum, load_wide(sum) + a[t][p]);
+        }
+    }
 }
 
 // Sums as add() leaves them, of whole groups from the first on.

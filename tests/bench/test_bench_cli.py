@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from wina.bench.cli import HERE_ONLY, without_options
+from wina.bench.cli_options import HERE_ONLY, without_options
 from wina.cli import app
 from wina.errors import WinaError
 from wina.testing import tiny_model, tiny_tokenizer

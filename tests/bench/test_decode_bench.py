@@ -51,6 +51,21 @@ def test_sweep_becomes_rows(llama: nn.Module) -> None:
     assert rows[10]["byte_ideal"] < rows[8]["byte_ideal"]
 
 
+def test_engines_for_one_side(llama: nn.Module) -> None:
+    sweep = Sweep(new_tokens=3, engines=("eager:dense", "wina:sparse"))
+    dense, sparse = bench_decode(
+        llama, [plan(0.5)], sweep, texts=CALIBRATION, effort=QUICK, show_progress=False,
+        predict=False,
+    )  # fmt: skip
+    assert (dense["engine"], dense["method"]) == ("transformers generate", "dense")
+    assert (sparse["engine"], sparse["method"]) == ("wina decode", "wina")
+    assert sparse["speedup_vs_dense"] == sparse["speedup_vs_best_dense"] > 0
+    assert sparse["predicted_speedup"] is None
+    for engines, message in ((("eager:both",), "dense or sparse"), (("eager:dense",), "sparse")):
+        with pytest.raises(ConfigError, match=message):
+            Sweep(engines=engines)
+
+
 def test_a_patched_model_is_predicted_at_the_rate_of_sparse_kernels(
     llama: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

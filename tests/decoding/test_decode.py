@@ -68,7 +68,7 @@ def test_sparse_logits_are_those_of_the_model(
     sparsify(model, 0.5, **{k: v for k, v in settings.items() if k != "rows"})
     used = {m.choice.backend.name for m in model.modules() if isinstance(m, SparseLinear)}
     assert used == {0.0: {"cpu"}, 0.5: {"cpu", "cpu-rows"}, 1.0: {"cpu-rows"}}[rows]
-    engine = choose_engine(model)
+    engine = choose_engine(model, head="model")
     assert isinstance(engine, Trimmed), engine.reason
     cache = None
     differences = []

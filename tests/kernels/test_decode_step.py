@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wina.kernels import cpu
 from wina.kernels.program import Builder, Cache, attend, bind, decode_step, rms_norm, step
+from wina.kernels.quantization import quantize
 
 
 def run(
@@ -88,18 +89,35 @@ def test_rms_norm(n: int, runs: int, offset: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scaled", [False, True])
-def test_masked(dtype: torch.dtype, scaled: bool) -> None:
-    x = torch.tensor([0.5, -0.5, 2.0, -2.0, 0.0, torch.nan, torch.inf, 1.0]).to(dtype)
-    threshold = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, 1.0, torch.inf, 1.0])
-    want = torch.tensor([0.0, 0.0, 2.0, -2.0, 0.0, torch.nan, torch.inf, 0.0])
+def test_dense_of_masked_inputs(dtype: torch.dtype, scaled: bool) -> None:
+    # Whole steps, blocks and a rest; the identity shows which channels were kept.
+    K = 150
+    x = torch.tensor([0.5, -0.5, 2.0, -2.0, 0.0, 1.0]).repeat(K // 6).to(dtype)
+    threshold = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, 1.0]).repeat(K // 6)
+    residual = torch.arange(K).to(dtype)
+    want = torch.tensor([0.0, 0.0, 2.0, -2.0, 0.0, 0.0]).repeat(K // 6) + residual.float()
     for native in (True, False):
         builder = Builder()
         vector(builder, x)
         scale = builder.emit("mean_scale", "s", vector_of_ones(builder)) if scaled else None
-        builder.emit("masked", "y", "x", threshold, scale)
+        builder.emit("embed", "r", residual[None], 1.0)
+        builder.emit("dense", "y", "x", torch.eye(K).to(dtype), None, threshold, scale, "r")
         builder.emit("logits", "y", "y", 1.0, 0.0)
-        got = run(builder, [], 0, 8, native)
-        assert torch.equal(got.nan_to_num(-1.0, -2.0), want.nan_to_num(-1.0, -2.0))
+        assert torch.equal(run(builder, [], 0, K, native), want.to(dtype).float())
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_dense_integers(bits: str) -> None:
+    x, rounded = torch.randn(200), quantize(torch.randn(70, 200), bits)
+    bias = torch.randn(70)
+    for native in (True, False):
+        builder = Builder()
+        vector(builder, x)
+        builder.emit("dense_integers", "y", "x", rounded.packed, rounded.scales, 200,
+                     rounded.bits, bias)  # fmt: skip
+        builder.emit("logits", "y", "y", 1.0, 0.0)
+        want = rounded.dequantize() @ x + bias
+        torch.testing.assert_close(run(builder, [], 0, 70, native), want, rtol=1e-4, atol=1e-3)
 
 
 def vector_of_ones(builder: Builder) -> str:

@@ -82,6 +82,28 @@ def test_random_calls(T, K, N, weights, dtype, bias, seed) -> None:
     check(NATIVE, T, K, N, weights, dtype, bias, seed)
 
 
+@pytest.mark.parametrize("which", [NATIVE, DEFINITION])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("T", [1, 3, 8, 40])
+@pytest.mark.parametrize("K", [7, 130, 576])
+def test_masked_inputs_and_a_residual(K: int, T: int, dtype: torch.dtype, which: str) -> None:
+    assert cpu.load() is None
+    x, weight, residual = (torch.randn(*s).to(dtype) for s in ((T, K), (37, K), (T, 37)))
+    threshold, scale = torch.rand(K), torch.rand(T) + 0.5
+    threshold[0], threshold[-1] = torch.inf, -1.0
+    x[1:2, 0] = torch.nan  # kept, whatever the threshold
+    if dtype.itemsize == 2 and (which == DEFINITION or T == 40):
+        pytest.skip("torch's product is rounded before the residual is added")
+    call = ops.dense_linear_rows if which == NATIVE else reference.dense_linear_rows
+    got = call(x, weight, None, threshold, scale, residual)
+    masked = reference.mask_inputs(x, threshold, scale)
+    assert (masked == 0).any()
+    want = residual.double() + masked.double() @ weight.double().t()
+    assert got[1:2].isnan().all()
+    sound = [t for t in range(T) if t != 1]
+    assert_equal_up_to_rounding(got[sound], want[sound], x[sound], weight.t())
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("T", [1, 3, 40])
@@ -182,6 +204,9 @@ def test_opcheck(dtype: torch.dtype) -> None:
     ({"weight": torch.randn(4, 8).half()}, "(?i)dtype.*half|float16"),
     ({"bias": torch.zeros(3)}, "bias"),
     ({"bias": torch.zeros(4).half()}, "bias"),
+    ({"threshold": torch.zeros(3)}, "threshold"),
+    ({"scale": torch.zeros(1)}, "scale"),
+    ({"residual": torch.zeros(1, 3)}, "residual"),
 ])  # fmt: skip
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str, native: bool) -> None:
     assert cpu.load() is None

@@ -37,6 +37,7 @@ class Request:
     sparsity: float
     dtype: str
     weight_dtype: str | None
+    head_dtype: str
     trust: bool
     stream: bool
     as_json: bool
@@ -78,6 +79,7 @@ def run(request: Request) -> Decoded:
         streamer=TextStreamer(tokenizer) if request.stream else None,
         tokenizer=tokenizer,
         seed=request.seed,
+        head_dtype=request.head_dtype,
         **request.settings,
     )
     text = request.prompt + tokenizer.decode(decoded.tokens[0], skip_special_tokens=True)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from wina.decoding.forms import UnrecognisedError
+from wina.decoding.head import AUTO, head_dtype, rounded_head
 from wina.decoding.tables import look
 from wina.decoding.writer import Program, decoder_of, write_program
 from wina.errors import ConfigError
 from wina.kernels import cpu
 from wina.kernels.program import bind
+from wina.kernels.quantization import QuantizedWeight
 from wina.patch import dense, is_patched, patch_of
 
 # Relative error of logits that two implementations of one model may have.
@@ -106,8 +108,8 @@ class _Ready:
 class Trimmed(Engine):
     """One native operator a token, over a static cache; the prompt runs through the model itself.
 
-    Weights are those of the model, not copies. Cast, move, patch or restore the model, and the
-    engine must be made anew.
+    Weights are those of the model, not copies, but for a head that is read rounded. Cast, move,
+    patch or restore the model, and the engine must be made anew.
     """
 
     name = "trimmed"
@@ -115,6 +117,7 @@ class Trimmed(Engine):
     def __init__(self, model: Any) -> None:
         self.model = model
         self.reason = "its layers were recognised, and its logits are the model's"
+        self._head: QuantizedWeight | None = None
         self._ready: _Ready | None = None
         self._position = 0
         self._control = patch_of(model).control if is_patched(model) else None
@@ -155,7 +158,7 @@ class Trimmed(Engine):
             return
         length = -(-length // _CACHE_STEP) * _CACHE_STEP
         seen = look(self.model, decoder_of(self.model), length)
-        program = write_program(self.model, seen)
+        program = write_program(self.model, seen, self._head)
         like = self.model.get_input_embeddings().weight
         caches = [
             like.new_zeros(shape.kv_heads, length, shape.head_size, requires_grad=False)
@@ -179,6 +182,14 @@ class Trimmed(Engine):
         for cache, tensor in zip(self._ready.caches, flat, strict=True):
             cache[:, count - tensor.shape[2] : count] = tensor[0]
         self._position = count
+
+    def round_head(self, dtype: str) -> None:
+        """From now on read the head in a format of :data:`wina.kernels.quantization.FORMATS`."""
+        assert self._ready is not None
+        self._head = rounded_head(self.model, dtype)
+        length, self._ready = self._ready.length, None
+        self.reserve(length)
+        self.reason += f"; its head is read in {dtype}, {self._head.bytes / 2**20:.0f} MiB more"
 
     def verify(self) -> None:
         """Compare one token with the model's own forward, both dense, after a random context.
@@ -224,13 +235,18 @@ def most_positions(model: Any) -> int:
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
 
 
-def choose_engine(model: Any, rows: int = 1) -> Engine:
+def choose_engine(model: Any, rows: int = 1, head: str = AUTO) -> Engine:
     """The trimmed engine where it serves a model, else the model's own forward and why.
 
     Args:
         model: a causal language model of transformers, dense or sparsified.
         rows: sequences at once.
+        head: how the trimmed engine reads the head, see :func:`wina.decoding.head.head_dtype`.
+
+    Raises:
+        ConfigError: no such format of a head.
     """
+    rounded = head_dtype(model, head)
     refusal = _refusal(model, rows)
     if refusal is None:
         engine = Trimmed(model)
@@ -242,6 +258,8 @@ def choose_engine(model: Any, rows: int = 1) -> Engine:
             # A model may use the names of a form for things of another shape.
             refusal = f"it could not be run as recognised: {type(error).__name__}: {error}"
         else:
+            if rounded is not None:
+                engine.round_head(rounded)
             return engine
     return OwnForward(model, refusal)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wina.decoding.engines import Engine, check_length, choose_engine
+from wina.decoding.head import AUTO
 from wina.decoding.sampling import choose_token, end_tokens, processors_for
 from wina.errors import ConfigError
 
@@ -63,9 +64,9 @@ class Decoder:
         engine: what runs a token; its ``name`` and ``reason`` say which and why.
     """
 
-    def __init__(self, model: Any, rows: int = 1) -> None:
+    def __init__(self, model: Any, rows: int = 1, head_dtype: str = AUTO) -> None:
         self.model = model
-        self.engine: Engine = choose_engine(model, rows)
+        self.engine: Engine = choose_engine(model, rows, head_dtype)
 
     def decode(
         self,
@@ -101,16 +102,20 @@ class Decoder:
 _RUN_OPTIONS = ("attention_mask", "config", "tokenizer", "seed")
 
 
-def decode(model: Any, input_ids: Tensor, **options: Any) -> Decoded:
+def decode(model: Any, input_ids: Tensor, *, head_dtype: str = AUTO, **options: Any) -> Decoded:
     """Continue a prompt as fast as this machine can, with a dense or a sparsified model.
 
     Where a model's layers are recognised, each token is one native operator call over a static
     cache (batch 1, CPU); else the model's own forward runs. Either way greedy decoding gives what
-    ``model.generate`` gives, up to rounding.
+    ``model.generate`` gives, up to rounding, which includes that of the head where it is read in
+    fewer bits.
 
     Args:
         model: a causal language model of transformers.
         input_ids: the prompt [B, S].
+        head_dtype: ``"model"`` reads the language-model head as it is, ``"int8"`` or ``"int4"`` a
+            rounded copy; ``"auto"`` is int8 where the projections are integers, else the head as it
+            is. Only a native step reads copies.
         **options: of this function: ``attention_mask`` [B, S] for prompts padded on the left;
             ``config``, a GenerationConfig (default: the model's); ``streamer`` with ``put`` and
             ``end``, such as transformers' TextStreamer; ``tokenizer``, needed for stop strings;
@@ -126,7 +131,7 @@ def decode(model: Any, input_ids: Tensor, **options: Any) -> Decoded:
             is too long for the model.
     """
     rows = input_ids.shape[0] if input_ids.dim() == 2 else 1
-    return Decoder(model, rows).decode(input_ids, **options)
+    return Decoder(model, rows, head_dtype).decode(input_ids, **options)
 
 
 class _Run:

@@ -27,6 +27,7 @@ from wina.decoding.forms import (
 )
 from wina.decoding.tables import Seen
 from wina.kernels.program import ACTIVATION_NAMES, Builder, Cache
+from wina.kernels.quantization import QuantizedWeight
 from wina.linear import SparseLinear
 from wina.mlp import SparseGatedMLP, recognise_activation
 from wina.quantized_linear import QuantizedSparseLinear
@@ -61,17 +62,18 @@ class Program:
     outputs: int
 
 
-def write_program(model: Any, seen: Seen) -> Program:
+def write_program(model: Any, seen: Seen, head: QuantizedWeight | None = None) -> Program:
     """The program of one token of a model.
 
     Args:
         model: a causal language model of transformers, dense or sparsified.
         seen: what its layers were seen to be given.
+        head: to read in place of the weight of the language-model head.
 
     Raises:
         UnrecognisedError: a part has no known form; the message names it.
     """
-    return _Writer(model, seen).write()
+    return _Writer(model, seen, head).write()
 
 
 def decoder_of(model: Any) -> nn.Module:
@@ -88,8 +90,9 @@ _HIDDEN = ("q", "k", "v")
 
 
 class _Writer:
-    def __init__(self, model: Any, seen: Seen) -> None:
+    def __init__(self, model: Any, seen: Seen, head: QuantizedWeight | None) -> None:
         self.model = model
+        self.head = head
         self.decoder: Any = decoder_of(model)
         self.seen = seen
         self.program = Builder(_HIDDEN)
@@ -106,7 +109,13 @@ class _Writer:
             self._layer(index, layer)
         self._norm("h", "x", self.decoder.norm, "the last norm")
         config = self.model.config
-        self._linear("y", "h", head)
+        if self.head is None:
+            self._linear("y", "h", head)
+        else:
+            self.program.emit(
+                "dense_integers", "y", "h", self.head.packed, self.head.scales, self.head.columns,
+                self.head.bits, _bias(head),
+            )  # fmt: skip
         factor = first_of(self.model, LOGITS_FACTOR, 1.0) / first_of(config, LOGITS_DIVISOR, 1.0)
         self.program.emit("logits", "y", "y", factor, first_of(config, LOGITS_SOFTCAP, 0.0))
         constants = self.program.constants
@@ -224,14 +233,14 @@ class _Writer:
             if not isinstance(linear, nn.Linear):
                 raise UnrecognisedError(f"{type(linear).__name__} is no nn.Linear")
             return self.program.emit(
-                "dense", out, x, linear.weight.detach(), _bias(linear), residual
+                "dense", out, x, linear.weight.detach(), _bias(linear), None, None, residual
             )
-        threshold, bias, scale = (
-            self._threshold(linear), self._bias(linear), self._scale(linear, x, "s")
-        )  # fmt: skip
+        threshold = self._threshold(linear)
+        bias, scale = self._bias(linear), self._scale(linear, x, "s")
         if linear.choice.backend.masked_rows:
-            masked = self.program.emit("masked", "m", x, threshold, scale)
-            return self.program.emit("dense", out, masked, linear.weight.detach(), bias, residual)
+            drops = bool((threshold >= 0).any())  # else nothing is, whatever the scale
+            mask = (threshold, scale) if drops else (None, None)
+            return self.program.emit("dense", out, x, linear.weight.detach(), bias, *mask, residual)
         tail = (threshold, bias, scale, residual)
         if isinstance(linear, QuantizedSparseLinear):
             return self.program.emit(
