@@ -34,6 +34,8 @@ CRIMES = {
     "caught by the reader": ("swallow(lambda: os.system('true'))", "Breach"),
     "memory": ("b'a' * (9 << 20)", "TooMuch"),
     "memory of torch": ("torch.ones(9 << 18).sum()", "TooMuch"),
+    "memory, then refused": ("refuse(b'a' * (9 << 20))", "TooMuch"),
+    "caught, then refused": ("refuse(swallow(lambda: os.system('true')))", "Breach"),
     "no end": ("loop()", "TooSlow"),
     "nothing": ("open(folder + '/inside', 'w').close() or torch.ones(1 << 18).sum()", "None"),
 }
@@ -49,6 +51,9 @@ def swallow(action):
         action()
     except BaseException:
         pass
+
+def refuse(_):
+    raise ValueError
 
 def loop():
     while True:

@@ -105,10 +105,11 @@ class Sandbox:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
             self.growth = memory().peak - before.resident
-        if self.breaches:  # whoever tried may have caught the exception
-            raise Breach(self.breaches[0])
-        if self.growth > most:
-            raise TooMuch(f"{self.growth} bytes, {most} allowed")
+            # Here, since an input that is refused has been looked at, too.
+            if self.breaches:  # whoever tried may have caught the exception
+                raise Breach(self.breaches[0])
+            if self.growth > most:
+                raise TooMuch(f"{self.growth} bytes, {most} allowed")
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.watching:
