@@ -131,14 +131,12 @@ class _Layer:
 
     def _product(self, out: str, x: str, K: int, N: int, residual: str | None = None) -> None:
         kind = self.rng.choice(("dense", "masked", "sparse", "sparse_integers"))
-        if kind == "dense":
+        if kind in ("dense", "masked"):
+            mask = (None, None)
+            if kind == "masked":
+                mask = (self._threshold(K), self._scale(x, K, "s"))
             weight = self.draw.normal(N, K) / math.sqrt(K)
-            self.builder.emit("dense", out, x, weight, self._bias(N), residual)
-            return
-        if kind == "masked":
-            x = self.builder.emit(kind, "m", x, self._threshold(K), self._scale(x, K, "s"))
-            weight = self.draw.normal(N, K) / math.sqrt(K)
-            self.builder.emit("dense", out, x, weight, self._bias(N), residual)
+            self.builder.emit("dense", out, x, weight, self._bias(N), *mask, residual)
             return
         tail = (self._threshold(K), self._bias(N), self._scale(x, K, "s"), residual)
         if kind == "sparse":
