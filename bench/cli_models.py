@@ -12,9 +12,12 @@ import typer
 from wina.bench.cli_options import (
     Against,
     Compare,
+    Model,
     Output,
     Picture,
     Quick,
+    Shape,
+    check_subject,
     effort_of,
     finish,
     integers,
@@ -25,12 +28,8 @@ from wina.errors import WinaError
 
 
 def decode_command(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Folder, hub id or `demo`.")
-    ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="Random weights at a named shape: llama-3.2-1b, …")
-    ] = None,
+    model: Model = None,
+    shape: Shape = None,
     methods: Annotated[str, typer.Option(help="By commas.")] = "teal,wina",
     sparsities: Annotated[
         str, typer.Option(help="By commas; 0 times our own dense kernel.")
@@ -80,8 +79,7 @@ def decode_command(
     from wina.plan import SparsityPlan
     from wina.threads import thread_warnings
 
-    if (model is None) == (shape is None):
-        raise WinaError("pass either --model or --shape")
+    check_subject(model, shape)
     if device == "cuda" and not torch.cuda.is_available():
         raise WinaError("device 'cuda' was asked for, but torch sees no GPU")
     sweep = Sweep(
@@ -135,9 +133,7 @@ def peers_command(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Folder of a Llama, or `demo`.")
     ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="Random weights at a named shape: llama-3.2-1b, …")
-    ] = None,
+    shape: Shape = None,
     weight_dtypes: Annotated[
         str, typer.Option(help="By commas: f32, bf16, q8_0, q4_0.")
     ] = "bf16,q8_0,q4_0",
@@ -171,8 +167,7 @@ def peers_command(
     from wina.bench.peers.workshop import Workshop, default_root
     from wina.bench.timing import noise_warnings
 
-    if (model is None) == (shape is None):
-        raise WinaError("pass either --model or --shape")
+    check_subject(model, shape)
     contest = Contest(
         names(peers), names(weight_dtypes), method, numbers(sparsities), context, new_tokens,
         threads, calibration_tokens=2048 if shape is None else 512,
@@ -199,12 +194,8 @@ def peers_command(
 
 
 def profile_command(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Folder, hub id or `demo`.")
-    ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="Random weights at a named shape: llama-3.2-1b, …")
-    ] = None,
+    model: Model = None,
+    shape: Shape = None,
     method: Annotated[str, typer.Option(help="wina, teal, …")] = "wina",
     sparsities: Annotated[
         str, typer.Option(help="By commas; `dense` is the model as it was loaded.")
@@ -232,8 +223,7 @@ def profile_command(
     from wina.config import SparsityConfig
     from wina.patch import is_patched, restore
 
-    if (model is None) == (shape is None):
-        raise WinaError("pass either --model or --shape")
+    check_subject(model, shape)
     tokenizer: Any = None
     if shape is not None:
         loaded: Any = random_model(shape, dtype)

@@ -28,7 +28,15 @@ Against = Annotated[
 HERE_ONLY = ("--output", "--compare", "--against", "--picture")
 Picture = Annotated[Path | None, typer.Option(help="PNG to draw.")]
 Quick = Annotated[bool, typer.Option(help="Show that it runs, in seconds; no claim is made.")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder, hub id or `demo`.")]
+Shape = Annotated[str | None, typer.Option(help="Random weights at a named shape: llama-3.2-1b, …")]
 Rounds = Annotated[int | None, typer.Option(help="Interleaved rounds.")]
+
+
+def check_subject(model: str | None, shape: str | None) -> None:
+    """Raise :class:`WinaError` unless one of the two is named."""
+    if (model is None) == (shape is None):
+        raise WinaError("pass either --model or --shape")
 
 
 def integers(values: str) -> list[int]:

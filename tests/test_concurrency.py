@@ -103,31 +103,27 @@ class Generated(Dataset[Tensor]):
         return generate(self.model, PROMPTS[index])
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_forked_workers_of_a_data_loader(patched: nn.Module) -> None:
-    want = [generate(patched, prompt) for prompt in PROMPTS]
+def assert_workers_generate_the_same(model: nn.Module, start: str) -> None:
+    want = [generate(model, prompt) for prompt in PROMPTS]
     loader = DataLoader(
-        Generated(patched),
+        Generated(model),
         batch_size=None,
         num_workers=2,
-        multiprocessing_context="fork",
+        multiprocessing_context=start,
         timeout=120,
     )
     assert all(torch.equal(a, b) for a, b in zip(loader, want, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_workers_of_a_data_loader(patched: nn.Module) -> None:
+    assert_workers_generate_the_same(patched, "fork")
 
 
 def test_spawned_workers_of_a_data_loader(llama: nn.Module) -> None:
     """They get the model by pickle and start without our kernels."""
     wina.sparsify(llama, plan_for(llama, selector="topk"))
-    want = [generate(llama, prompt) for prompt in PROMPTS]
-    loader = DataLoader(
-        Generated(llama),
-        batch_size=None,
-        num_workers=2,
-        multiprocessing_context="spawn",
-        timeout=120,
-    )
-    assert all(torch.equal(a, b) for a, b in zip(loader, want, strict=True))
+    assert_workers_generate_the_same(llama, "spawn")
 
 
 def test_a_model_sent_to_another_process_loads_its_kernels(

@@ -1,6 +1,6 @@
 import pytest
 
-from wina.errors import ConfigError, UnknownNameError
+from wina.errors import ConfigError, UnknownNameError, WinaError
 from wina.registry import Registry, create, split_spec
 
 
@@ -62,3 +62,12 @@ def test_malformed_named_numbers(things: Registry[type], spec: str) -> None:
 def test_split_spec_takes_one_number() -> None:
     with pytest.raises(ConfigError, match="one number"):
         split_spec("kind", "a:b=2")
+
+
+@pytest.mark.parametrize("spec", ["x" * 100_000, "thing:" + "y" * 100_000])
+def test_a_message_repeats_no_more_of_a_name_than_can_be_read(
+    things: Registry[type], spec: str
+) -> None:
+    with pytest.raises(WinaError) as error:
+        create(things, spec)
+    assert len(str(error.value)) < 1000

@@ -14,6 +14,8 @@ from wina.errors import ConfigError, UnknownNameError
 
 T = TypeVar("T")
 
+_SHOWN = 100  # characters of what somebody gave as a name that a message repeats
+
 
 class Registry(Generic[T]):
     """The known entries of one kind, in the order of their registration."""
@@ -37,16 +39,23 @@ class Registry(Generic[T]):
         try:
             return self._entries[name]
         except KeyError:
-            close = difflib.get_close_matches(str(name), self._entries, n=1)
+            close = difflib.get_close_matches(str(name)[:_SHOWN], self._entries, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             known = ", ".join(self._entries)
-            raise UnknownNameError(f"unknown {self.kind} {name!r}.{hint} Known: {known}.") from None
+            raise UnknownNameError(
+                f"unknown {self.kind} {_quoted(name)}.{hint} Known: {known}."
+            ) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
+
+
+def _quoted(name: object) -> str:
+    text = str(name)
+    return repr(name) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}... ({len(text)} characters)"
 
 
 def parse_spec(kind: str, spec: str) -> tuple[str, dict[str, float]]:
@@ -61,13 +70,13 @@ def parse_spec(kind: str, spec: str) -> tuple[str, dict[str, float]]:
         key, equals, number = part.partition("=")
         key, number = (key.strip(), number) if equals else ("", key)
         if key in numbers:
-            raise ConfigError(f"{kind} {spec!r} gives {key or 'its number'!r} twice")
+            raise ConfigError(f"{kind} {_quoted(spec)} gives {_quoted(key or 'its number')} twice")
         try:
             numbers[key] = float(number)
         except ValueError:
             raise ConfigError(
-                f"{kind} {spec!r}: {number!r} is not a number; write it like '{name}:0.5' or "
-                f"'{name}:key=0.5'"
+                f"{kind} {_quoted(spec)}: {_quoted(number)} is not a number; write it like "
+                "'name:0.5' or 'name:key=0.5'"
             ) from None
     return name, numbers
 
@@ -77,7 +86,7 @@ def split_spec(kind: str, spec: str) -> tuple[str, float | None]:
     name, numbers = parse_spec(kind, spec)
     for key in numbers:
         if key:
-            raise ConfigError(f"{kind} {spec!r} takes one number, not {key}=")
+            raise ConfigError(f"{kind} {_quoted(spec)} takes one number, not {key}=")
     return name, numbers.get("")
 
 

@@ -247,9 +247,9 @@ def build_library(
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
     flags = [*COMPILE_FLAGS, *_machine_flags(), *_openmp_flags(compiler), abi, *includes, *extra]
     libraries = str(TORCH / "lib")
-    precompiled = [HEADER.name] if len(sources) > 1 and _is_gcc(compiler) else []
     later = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     objects = [output.with_name(f"{source.stem}.o") for source in sources]
+    headers: list[Path] = []
 
     def run(command: list[str]) -> None:
         answer = _run(command, timeout=COMPILE_TIMEOUT, cwd=str(output.parent))
@@ -260,24 +260,21 @@ def build_library(
 
     # Torch's headers take longer than what they are included for. GCC finds what is precompiled in
     # the folder where it runs, and the header itself where that should not fit.
-    for name in precompiled:
-        made = output.with_name(f"{name}.gch")
-        run([compiler, *flags, "-x", "c++-header", str(HEADER), "-o", str(made)])
-        flags += ["-include", name, "-I", str(FOLDER)]
-        objects.append(made)
+    if len(sources) > 1 and _is_gcc(compiler):
+        headers.append(output.with_name(f"{HEADER.name}.gch"))
+        run([compiler, *flags, "-x", "c++-header", str(HEADER), "-o", str(headers[0])])
+        flags += ["-include", HEADER.name, "-I", str(FOLDER)]
 
-    def compile_one(source: Path) -> str:
-        target = str(output.with_name(f"{source.stem}.o"))
-        run([compiler, *flags, "-c", str(source), "-o", target])
-        return target
+    def compile_one(source: Path, target: Path) -> None:
+        run([compiler, *flags, "-c", str(source), "-o", str(target)])
 
     # No more at a time than there are processors: all would take longer, up to their time limit.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = list(pool.map(compile_one, sources))
-    run([compiler, *compiled, "-o", str(output), f"-L{libraries}", *LINK_FLAGS,
+        list(pool.map(compile_one, sources, objects))
+    run([compiler, *map(str, objects), "-o", str(output), f"-L{libraries}", *LINK_FLAGS,
          *later, *extra])  # fmt: skip
-    for target in objects:
-        target.unlink()
+    for made in (*objects, *headers):
+        made.unlink()
 
 
 def _run(

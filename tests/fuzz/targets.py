@@ -337,6 +337,7 @@ class Words(Target):
         with (
             _replaced(tempfile, "tempdir", str(self.folder)),
             _replaced(demo_model, "_download", _no_network),
+            _replaced(demo_model, "cache_root", lambda: self.folder),
             _replaced(runs, "machine_card", dict),  # asks git for the commit
             redirect_stdout(io.StringIO()),
             redirect_stderr(io.StringIO()),
