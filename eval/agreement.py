@@ -7,8 +7,8 @@ of the text itself cancels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wina.inspection import measure_sparsity
+from wina.inspection import RealisedSparsity, measure_sparsity
 from wina.patch import dense
 
 # Tokens whose logits are alive at once, for the dense and for the sparse model.
@@ -44,6 +44,101 @@ class Agreement:
     by_projection: dict[str, float]
 
 
+class DenseLogits:
+    """Logits of a dense model, kept for texts that many sparse ones are compared on.
+
+    Args:
+        most_bytes: what is kept at most; other texts run through the model each time.
+    """
+
+    def __init__(self, most_bytes: int = 1 << 30) -> None:
+        self.left = most_bytes
+        self._kept: dict[bytes, Tensor] = {}
+
+    def of(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """Logits [S, vocabulary] of token ids [1, S], in the model's dtype.
+
+        Args:
+            model: sparsified; it runs with its masks off.
+        """
+        key = ids.cpu().numpy().tobytes()
+        if key in self._kept:
+            return self._kept[key]
+        with dense(model):
+            logits = _logits(model, ids)
+        if logits.nbytes <= self.left:
+            self.left -= logits.nbytes
+            self._kept[key] = logits
+        return logits
+
+
+class Comparison:
+    """Compares a sparsified model with itself made dense, text by text.
+
+    Args:
+        model: sparsified; its prefill protocol says which tokens of a text are sparse.
+        tokens: texts are compared until so many tokens were.
+        dense: what is known of the dense model.
+
+    Attributes:
+        tokens: predictions compared so far.
+        seconds: what comparing cost on top of the sparse model's own run.
+    """
+
+    def __init__(self, model: nn.Module, tokens: int, dense: DenseLogits | None = None) -> None:
+        self.model = model
+        self.left = tokens
+        self.dense = DenseLogits(0) if dense is None else dense
+        self.seconds = 0.0
+        self._counter = RealisedSparsity(model)
+        self._divergence: list[Tensor] = []
+        self._same: list[Tensor] = []
+        self._counts: list[int] = []
+
+    @property
+    def tokens(self) -> int:
+        """Predictions compared so far."""
+        return sum(self._counts)
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits [S, vocabulary] of the sparse model for a text [1, S], compared on the way."""
+        if self.left <= 0:
+            return _logits(self.model, ids)
+        with measure_sparsity(self.model, self._counter):
+            sparse = _logits(self.model, ids)
+        began = time.perf_counter()
+        kl, equal = _compare(self.dense.of(self.model, ids), sparse)
+        self._divergence.append(kl)
+        self._same.append(equal)
+        self._counts.append(len(sparse))
+        self.left -= len(sparse)
+        self.seconds += time.perf_counter() - began
+        return sparse
+
+    def read(self, texts: Sequence[Sequence[int]]) -> None:
+        """Compare on the first tokens of texts of token ids; the last text used may be cut."""
+        device = next(self.model.parameters()).device
+        for ids in texts:
+            if self.left <= 0:
+                return
+            if ids:
+                self.logits(torch.tensor([ids[: self.left]], device=device))
+
+    def result(self) -> Agreement:
+        """What was compared so far."""
+        sums = [float(value) for value in self._divergence]
+        mean = math.fsum(sums) / self.tokens
+        return Agreement(
+            kl=mean,
+            kl_stderr=_clustered_error(sums, self._counts, mean),
+            top1=sum(int(value) for value in self._same) / self.tokens,
+            tokens=self.tokens,
+            realised=self._counter.mean,
+            by_projection=dict(self._counter.by_projection),
+        )
+
+
 def agreement(model: nn.Module, texts: Sequence[Sequence[int]], tokens: int) -> Agreement:
     """Compare a sparsified model with itself made dense, on the first ``tokens`` of the texts.
 
@@ -52,41 +147,9 @@ def agreement(model: nn.Module, texts: Sequence[Sequence[int]], tokens: int) -> 
         texts: token ids, each text a sequence of its own; the last one used may be cut.
         tokens: upper bound of the tokens to read.
     """
-    device = next(model.parameters()).device
-    divergence, same, counts = [], [], []
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        counter = stack.enter_context(measure_sparsity(model))
-        for ids in _first(texts, tokens):
-            batch = torch.tensor([ids], device=device)
-            sparse = _logits(model, batch)
-            with dense(model):
-                exact = _logits(model, batch)
-            kl, equal = _compare(exact, sparse)
-            divergence.append(kl)
-            same.append(equal)
-            counts.append(len(ids))
-    total = sum(counts)
-    sums = [float(value) for value in divergence]
-    mean = math.fsum(sums) / total
-    return Agreement(
-        kl=mean,
-        kl_stderr=_clustered_error(sums, counts, mean),
-        top1=sum(int(value) for value in same) / total,
-        tokens=total,
-        realised=counter.mean,
-        by_projection=dict(counter.by_projection),
-    )
-
-
-def _first(texts: Sequence[Sequence[int]], tokens: int) -> Iterator[Sequence[int]]:
-    left = tokens
-    for ids in texts:
-        if left <= 0:
-            return
-        if ids:
-            yield ids[:left]
-            left -= len(ids)
+    comparison = Comparison(model, tokens)
+    comparison.read(texts)
+    return comparison.result()
 
 
 def _logits(model: nn.Module, batch: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from wina.errors import WinaError
+from wina.eval.agreement import Comparison
 from wina.eval.measurement import KINDS, EvalTask, Measurement, Settings, mean_metric
 from wina.eval.texts import digest, read_documents
 
@@ -38,7 +39,13 @@ class GenerationTask(EvalTask):
         """A hash of the prompts."""
         return {"text": digest(self.prompts)}
 
-    def measure(self, lm: Any, settings: Settings, dense: Mapping[str, Any] | None) -> Measurement:
+    def measure(
+        self,
+        lm: Any,
+        settings: Settings,
+        dense: Mapping[str, Any] | None,
+        comparison: Comparison | None = None,
+    ) -> Measurement:
         """Continue every prompt, and compare with the tokens of the dense model's cell."""
         limit = _LIMIT if settings.limit is None else settings.limit
         samples: list[dict[str, Any]] = []

@@ -25,7 +25,7 @@ from wina.bench.machine import machine_card
 from wina.calibration import calibrate
 from wina.config import SparsityConfig
 from wina.errors import ConfigError, PlanError, WinaError
-from wina.eval.agreement import agreement
+from wina.eval.agreement import Comparison, DenseLogits
 from wina.eval.measurement import EvalTask, Measurement, Settings
 from wina.files import read_json, remove_partial, write_atomically
 from wina.inspection import inspect
@@ -183,6 +183,7 @@ class GridRun:
         self.fingerprint = fingerprint(lm.model)
         self.versions = versions()
         self.plan_texts = "bundled" if texts is None else _digest([str(text) for text in texts])
+        self.dense_logits: tuple[object, DenseLogits] = (None, DenseLogits())
         self.measurements = Measurements(
             max(column.sparsity for column in grid.columns),
             folder / "measurements",
@@ -260,19 +261,35 @@ class GridRun:
         self, column: Column, name: str, dense: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         began = time.perf_counter()
-        measured = self.grid.tasks[name].measure(self.lm, self.grid.settings, dense)
+        comparison = None
+        if column.config is not None and self.grid.agreement_tokens:
+            dense_logits = self._dense_logits(column.config)
+            comparison = Comparison(self.lm.model, self.grid.agreement_tokens, dense_logits)
+        task = self.grid.tasks[name]
+        measured = task.measure(self.lm, self.grid.settings, dense, comparison)
         cell = self._cell(column, name, measured)
-        cell["seconds"] = round(time.perf_counter() - began, 3)
-        if column.config is not None and self.grid.agreement_tokens and measured.texts:
-            found = agreement(self.lm.model, measured.texts, self.grid.agreement_tokens)
-            cell["agreement"] = {
-                "kl": found.kl, "kl_stderr": found.kl_stderr, "top1": found.top1,
-                "tokens": found.tokens,
-            }  # fmt: skip
-            cell["realised"] = {"overall": found.realised, "projections": found.by_projection}
+        compared_s = 0.0 if comparison is None else comparison.seconds
+        cell["seconds"] = round(time.perf_counter() - began - compared_s, 3)
+        if comparison is not None:
+            if not comparison.tokens:
+                comparison.read(measured.texts)
+            if comparison.tokens:
+                found = comparison.result()
+                cell["agreement"] = {
+                    "kl": found.kl, "kl_stderr": found.kl_stderr, "top1": found.top1,
+                    "tokens": found.tokens,
+                }  # fmt: skip
+                cell["realised"] = {"overall": found.realised, "projections": found.by_projection}
         cell["seconds_with_agreement"] = round(time.perf_counter() - began, 3)
         write_atomically(self._path(column, name), _to_json(cell))
         return cell
+
+    def _dense_logits(self, config: SparsityConfig) -> DenseLogits:
+        """Of the dense model as it is under this column's masks: rotated, its weights rounded."""
+        variant = (config.rotation_spec, config.weight_dtype)
+        if self.dense_logits[0] != variant:
+            self.dense_logits = (variant, DenseLogits())
+        return self.dense_logits[1]
 
     def _cell(self, column: Column, name: str, measured: Measurement) -> dict[str, Any]:
         identity = self._identity(column, name)

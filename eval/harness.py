@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from wina.errors import WinaError
+from wina.eval.agreement import Comparison
 from wina.eval.local_tasks import LocalTask, check_files
 from wina.eval.measurement import EvalTask, Measurement, Metric, Settings
 
@@ -54,7 +55,13 @@ class HarnessTask(EvalTask):
         """Hashes of the local files; empty for data sets that lm-eval fetches."""
         return {"files": self.files}
 
-    def measure(self, lm: Any, settings: Settings, dense: Mapping[str, Any] | None) -> Measurement:
+    def measure(
+        self,
+        lm: Any,
+        settings: Settings,
+        dense: Mapping[str, Any] | None,
+        comparison: Comparison | None = None,
+    ) -> Measurement:
         """Run lm-eval on the model."""
         results = evaluate(lm, self.registered, self.manager, settings)
         samples = [

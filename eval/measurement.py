@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from wina.eval.agreement import Comparison
 from wina.registry import Registry
 
 
@@ -78,13 +79,22 @@ class EvalTask(ABC):
         """What else the result depends on, JSON-ready, such as hashes of the files read."""
 
     @abstractmethod
-    def measure(self, lm: Any, settings: Settings, dense: Mapping[str, Any] | None) -> Measurement:
+    def measure(
+        self,
+        lm: Any,
+        settings: Settings,
+        dense: Mapping[str, Any] | None,
+        comparison: Comparison | None = None,
+    ) -> Measurement:
         """Measure.
 
         Args:
             lm: a :class:`wina.integrations.lm_eval.WinaLM`, its model dense or patched.
             settings: of the grid.
             dense: the saved cell of the dense model for this task; None for the dense model.
+            comparison: of a sparse model with the dense one. A task that runs the model on its
+                texts as they stand may run them through it, which spares a second pass; a task that
+                does not is compared afterwards, on the texts of its measurement.
         """
 
 
@@ -100,9 +110,15 @@ class Limited(EvalTask):
         """The task's, and the limit."""
         return {**self.task.identity(), "limit": self.limit}
 
-    def measure(self, lm: Any, settings: Settings, dense: Mapping[str, Any] | None) -> Measurement:
+    def measure(
+        self,
+        lm: Any,
+        settings: Settings,
+        dense: Mapping[str, Any] | None,
+        comparison: Comparison | None = None,
+    ) -> Measurement:
         """Measure the task on so many documents."""
-        return self.task.measure(lm, replace(settings, limit=self.limit), dense)
+        return self.task.measure(lm, replace(settings, limit=self.limit), dense, comparison)
 
 
 KINDS: Registry[type[EvalTask]] = Registry("kind of task")

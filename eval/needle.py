@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from wina.errors import ConfigError
+from wina.eval.agreement import Comparison
 from wina.eval.measurement import KINDS, EvalTask, Measurement, Settings, mean_metric
 from wina.texts import bundled
 
@@ -41,7 +42,13 @@ class NeedleTask(EvalTask):
         """The length and the depths."""
         return {"length": self.length, "depths": list(DEPTHS)}
 
-    def measure(self, lm: Any, settings: Settings, dense: Mapping[str, Any] | None) -> Measurement:
+    def measure(
+        self,
+        lm: Any,
+        settings: Settings,
+        dense: Mapping[str, Any] | None,
+        comparison: Comparison | None = None,
+    ) -> Measurement:
         """Score the numbers with the texts as prompts."""
         if self.length > lm.max_length:
             raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,15 +136,31 @@ def strided_windows(
     return windows
 
 
-def score_windows(model: nn.Module, windows: Sequence[tuple[Tensor, int]]) -> list[float]:
-    """Mean negative log-likelihood in nats of the scored predictions of each window."""
+def score_windows(
+    model: nn.Module,
+    windows: Sequence[tuple[Tensor, int]],
+    logits_of: Callable[[Tensor], Tensor] | None = None,
+) -> list[float]:
+    """Mean negative log-likelihood in nats of the scored predictions of each window.
+
+    Args:
+        model: dense or sparsified decoder.
+        windows: see :func:`strided_windows`.
+        logits_of: gives the model's logits [S, vocabulary] of token ids [1, S], where a caller
+            wants more of them.
+    """
     device = next(model.parameters()).device
+
+    def plain(batch: Tensor) -> Tensor:
+        output: Any = model(input_ids=batch, use_cache=False)
+        logits: Tensor = output.logits[0]
+        return logits
+
     nats = []
     with torch.no_grad():
         for ids, scored in windows:
             batch = ids.unsqueeze(0).to(device)
-            output: Any = model(input_ids=batch, use_cache=False)
-            logits = output.logits[0, -scored - 1 : -1].float()
+            logits = (logits_of or plain)(batch)[-scored - 1 : -1].float()
             nats.append(float(F.cross_entropy(logits, batch[0, -scored:])))
     return nats
 

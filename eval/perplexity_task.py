@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from wina.eval.agreement import Comparison
 from wina.eval.measurement import KINDS, EvalTask, Measurement, Metric, Settings, mean_metric
 from wina.eval.perplexity import score_windows, strided_windows
 from wina.eval.texts import digest, read_documents
@@ -29,13 +30,19 @@ class PerplexityTask(EvalTask):
         """A hash of the text."""
         return {"text": digest(self.documents)}
 
-    def measure(self, lm: Any, settings: Settings, dense: Mapping[str, Any] | None) -> Measurement:
+    def measure(
+        self,
+        lm: Any,
+        settings: Settings,
+        dense: Mapping[str, Any] | None,
+        comparison: Comparison | None = None,
+    ) -> Measurement:
         """Score the windows; a document here is a window."""
         stream = token_stream(self.documents, lm.tokenizer)
         begin = opening(lm.tokenizer)
         windows = strided_windows(stream, settings.window, settings.stride, begin)
         windows = windows[: settings.limit]
-        nats = score_windows(lm.model, windows)
+        nats = score_windows(lm.model, windows, comparison.logits if comparison else None)
         total = sum(scored for _, scored in windows)
         mean = math.fsum(n * scored for n, (_, scored) in zip(nats, windows, strict=True)) / total
         stderr = mean_metric(nats, False).stderr

@@ -256,10 +256,17 @@ class RealisedSparsity:
 
 
 @contextmanager
-def measure_sparsity(model: nn.Module) -> Iterator[RealisedSparsity]:
-    """Measure the realised sparsity of everything that runs inside the ``with`` block (slower)."""
+def measure_sparsity(
+    model: nn.Module, counter: RealisedSparsity | None = None
+) -> Iterator[RealisedSparsity]:
+    """Measure the realised sparsity of everything that runs inside the ``with`` block (slower).
+
+    Args:
+        model: sparsified.
+        counter: goes on with an earlier count.
+    """
     control = patch_of(model).control
-    counter = RealisedSparsity(model)
+    counter = RealisedSparsity(model) if counter is None else counter
     before = control.observer
     control.observer = counter
     try:

@@ -15,7 +15,7 @@ from torch import nn
 
 import wina
 from wina.errors import ConfigError, WinaError
-from wina.eval.agreement import agreement
+from wina.eval.agreement import Comparison, DenseLogits, agreement
 from wina.eval.generation import GenerationTask, same_prefix
 from wina.eval.measurement import Settings, mean_metric
 from wina.eval.needle import DEPTHS, NeedleTask
@@ -23,6 +23,7 @@ from wina.eval.perplexity import score_windows, strided_windows
 from wina.eval.perplexity_task import PerplexityTask
 from wina.eval.texts import read_documents
 from wina.integrations.lm_eval import WinaLM
+from wina.patch import patch_of
 from wina.testing import random_tokens, tiny_model, tiny_tokenizer
 
 
@@ -107,6 +108,41 @@ def test_agreement_against_the_definition(exact: nn.Module) -> None:
     )
     assert found.realised == pytest.approx(0.5, abs=0.1)
     assert set(found.by_projection) == set(plan.layers)
+
+
+def test_windows_are_scored_and_compared_in_one_pass(exact: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("Some text to score, word by word. " * 20, encoding="utf-8")
+    task, settings = PerplexityTask(str(path)), Settings(limit=3, window=64, stride=64)
+    wina.sparsify(exact, plan_for(exact), prefill="all", backend="reference")
+    runs: list[bool] = []
+    handle = exact.register_forward_hook(lambda *_: runs.append(patch_of(exact).control.enabled))
+    try:
+        plain = task.measure(lm(exact), settings, None)
+        want = agreement(exact, plain.texts, tokens=128)
+        known = DenseLogits()
+        runs.clear()
+        for _ in range(2):
+            comparison = Comparison(exact, 128, known)
+            compared = task.measure(lm(exact), settings, None, comparison)
+            assert (compared, comparison.result()) == (plain, want)
+    finally:
+        handle.remove()
+        wina.restore(exact)
+    # Two windows were compared, the third is beyond 128 tokens; the dense model ran for each once.
+    assert runs == [True, False, True, False, True, *[True] * 3]
+
+
+def test_dense_logits_are_kept_within_their_bytes(llama: nn.Module) -> None:
+    wina.sparsify(llama, plan_for(llama), prefill="all", backend="reference")
+    ids = random_tokens(20)[None]
+    size = logits(llama, ids).nbytes
+    known = DenseLogits(2 * size - 1)
+    first = known.of(llama, ids)
+    assert known.of(llama, ids) is first
+    assert known.of(llama, ids + 1) is not known.of(llama, ids + 1)
+    with wina.dense(llama):
+        torch.testing.assert_close(first, logits(llama, ids)[0])
 
 
 def test_a_model_agrees_with_itself(llama: nn.Module) -> None:
