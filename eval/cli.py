@@ -243,7 +243,7 @@ def eval_ppl(
         typer.Option(help="threshold, relative, topk or statistical; default: the method's."),
     ] = None,
     correction: Annotated[
-        str | None, typer.Option(help="Such as none, bias or learned; default: the method's.")
+        str | None, typer.Option(help="Such as none, bias or low-rank; default: the method's.")
     ] = None,
     refinement: Annotated[
         str | None, typer.Option(help="Such as none or learned; default: the method's.")

@@ -28,7 +28,6 @@ from wina.config import SparsityConfig
 from wina.corrections import Products, Terms
 from wina.errors import CalibrationError, PatchStateError, UnsupportedModelError
 from wina.experts import ROLES, ExpertsCalibrator, FusedExperts
-from wina.learning import learn
 from wina.methods import METHODS
 from wina.mlp import recognise_gated_mlp
 from wina.plan import (
@@ -186,8 +185,7 @@ def calibrate(
         return plan
     if config.refinement_spec != NO_REFINEMENT:
         plan = refine(model, plan, refinement, text, windows, show_progress)
-    correction = config.make_correction()
-    return learn(model, plan, correction, windows, show_progress) if correction.learns else plan
+    return plan
 
 
 def _tell_what_stays_dense(

@@ -47,7 +47,8 @@ app = typer.Typer(
     help="Training-free activation sparsity: read only the weights that a token needs.",
     epilog="Start with `wina demo`. Methods: dense, wina, teal, wisparse, random; with "
     "sparsity divided over the projections: wina-plus, teal-greedy, wina-greedy, was; with "
-    "thresholds learned for minutes: wina-learned; on a rotated model: wina-paper, larosa.",
+    "thresholds and constants learned for minutes: wina-learned; on a rotated model: wina-paper, "
+    "larosa.",
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")

@@ -35,8 +35,8 @@ class SparsityConfig:
             ``"relative"``, ``"topk"`` or ``"statistical"``.
         allocation: overrides the method's.
         correction: overrides the method's, such as ``"bias"``.
-        refinement: overrides the method's: how thresholds are improved once they are calibrated,
-            such as ``"learned"``.
+        refinement: overrides the method's: how thresholds are improved, and constants added, once
+            they are calibrated, such as ``"learned"``.
         mask: ``"projection"`` (each its own) or ``"group"`` (q, k, v share one, and gate, up).
         prefill: ``"dense"``, ``"all"`` or ``"last:<share>"``, see :mod:`wina.prefill`.
         sink_tokens: first tokens of a sequence that stay dense outside of decode.
@@ -116,7 +116,7 @@ class SparsityConfig:
         wanted = {
             "selector 'threshold'": self.selector_spec == "threshold",
             "mask 'projection'": self.mask == "projection" and not METHODS[self.method].gate_mask,
-            "a correction that is learned or 'none'": self.make_correction().fit() is None,
+            "correction 'none'": self.make_correction().fit() is None,
         }
         for what, holds in wanted.items():
             if not holds:

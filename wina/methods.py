@@ -127,7 +127,7 @@ METHODS.register("wina-learned")(
     Method(
         "norm-power:0.5",
         "fisher",
-        "wina-plus, then the thresholds of all channels learned by KL with frozen weights: minutes",
+        "wina-plus, then thresholds and constants learned by KL with frozen weights: minutes",
         refinement="learned",
     )
 )

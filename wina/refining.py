@@ -1,4 +1,4 @@
-"""A calibrated plan with thresholds refined, and its budget met again."""
+"""A calibrated plan with thresholds and constants refined, and its budget met again."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def refine(
     windows: Tensor,
     show_progress: bool,
 ) -> SparsityPlan:
-    """The plan with the thresholds that a refinement finds, scaled to the plan's budget.
+    """The plan with what a refinement finds, its thresholds scaled to the plan's budget.
 
     The masks are put on the dense model, whose weights are not rounded meanwhile and whose fused
     experts stay dense; the budget is met in the sparse model as it will be.
@@ -48,7 +48,7 @@ def refine(
     Args:
         model: dense; it is run and left as it was.
         plan: calibrated for it, with one cut-off for all tokens.
-        refinement: moves the thresholds.
+        refinement: moves the thresholds, and constants.
         text: calibration tokens [windows, S] for the refinement.
         windows: calibration tokens [windows, S] on which the budget is met.
         show_progress: draw progress bars on stderr.
@@ -62,7 +62,7 @@ def refine(
         [layer.projection for layer in layers.values()],
         {name: layer.sparsity for name, layer in layers.items()},
     )
-    masks = _masks(plan, logs)
+    masks = _masks(plan, logs, _spreads(model, list(layers), plan.config.sink_tokens, windows[:1]))
 
     def slopes(ids: Tensor) -> Slopes:
         with torch.no_grad():
@@ -76,11 +76,15 @@ def refine(
             sum(mask.read for mask in masks.values()),
             {name: mask.of_loss for name, mask in masks.items()},
             {name: mask.of_read for name, mask in masks.items()},
+            {name: mask.take_slope_of_shift() for name, mask in masks.items()},
         )
 
     with frozen(model):
-        refinement.refine(Exercise(text, logs, 1.0 - asked, slopes, show_progress))
-    return _settled(model, _moved(plan, start, logs), asked, windows, show_progress)
+        shifts = {name: mask.shift.detach() for name, mask in masks.items()}
+        refinement.refine(Exercise(text, logs, 1.0 - asked, slopes, shifts, show_progress))
+    constants = {name: mask.constant.detach().cpu() for name, mask in masks.items()}
+    moved = _shifted(_moved(plan, start, logs), constants)
+    return _settled(model, moved, asked, windows, show_progress)
 
 
 def _log_probabilities(model: nn.Module, ids: Tensor, plan: SparsityPlan) -> Tensor:
@@ -91,21 +95,30 @@ def _log_probabilities(model: nn.Module, ids: Tensor, plan: SparsityPlan) -> Ten
 
 
 class _Mask:
-    """The mask of one projection, and its slopes once it was run forwards and backwards.
+    """Mask and constant of one projection, and their slopes after a run forwards and backwards.
 
     Attributes:
         logs: log t [K].
+        unit: of ``shift``: standard deviation of each output, [N] float32.
+        shift: what is added to each output, in its unit, [N] float32.
         share: of the model's projection weights, this projection's.
         read: share of the model's projection weights that it let through.
         of_loss, of_read: see :class:`Slopes`.
     """
 
-    def __init__(self, logs: Tensor, share: float, sink_tokens: int) -> None:
+    def __init__(self, logs: Tensor, unit: Tensor, share: float, sink_tokens: int) -> None:
         self.logs = logs
+        self.unit = unit
+        self.shift = torch.zeros_like(unit, requires_grad=True)
         self.share = share
         self.prefill = Prefill(1.0, sink_tokens)
         self.read = 0.0
         self.of_loss = self.of_read = torch.zeros_like(logs)
+
+    @property
+    def constant(self) -> Tensor:
+        """What is added to each output [N]."""
+        return self.shift * self.unit
 
     def before(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Mask the input of the projection."""
@@ -113,6 +126,17 @@ class _Mask:
         start = self.prefill.start(x.shape[-2])
         masked: Tensor = _Masking.apply(x[..., start:, :], self)  # type: ignore[no-untyped-call]
         return (torch.cat([x[..., :start, :], masked], dim=-2), *arguments[1:])
+
+    def after(self, _: nn.Module, __: Any, y: Tensor) -> Tensor:
+        """Add the constant to the output of the projection."""
+        start = self.prefill.start(y.shape[-2])
+        shifted = y[..., start:, :] + self.constant.to(y.dtype)
+        return torch.cat([y[..., :start, :], shifted], dim=-2)
+
+    def take_slope_of_shift(self) -> Tensor:
+        """∂loss/∂shift [N] of the last run, which is forgotten."""
+        slope, self.shift.grad = self.shift.grad, None
+        return torch.zeros_like(self.unit) if slope is None else slope
 
 
 class _Masking(torch.autograd.Function):
@@ -146,12 +170,38 @@ class _Masking(torch.autograd.Function):
         return gradient * keep, None
 
 
-def _masks(plan: SparsityPlan, logs: Mapping[str, Tensor]) -> dict[str, _Mask]:
+def _masks(
+    plan: SparsityPlan, logs: Mapping[str, Tensor], units: Mapping[str, Tensor]
+) -> dict[str, _Mask]:
     weights = {name: layer.projection.weights for name, layer in plan.layers.items()}
     total = sum(weights.values())
-    return {
-        name: _Mask(logs[name], weights[name] / total, plan.config.sink_tokens) for name in logs
-    }
+    sink = plan.config.sink_tokens
+    return {name: _Mask(logs[name], units[name], weights[name] / total, sink) for name in logs}
+
+
+def _spreads(
+    model: nn.Module, names: Sequence[str], sink_tokens: int, windows: Tensor
+) -> dict[str, Tensor]:
+    """Standard deviation over tokens of every output of projections of the dense model."""
+    found = {}
+
+    def hook_of(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, y: Tensor) -> None:
+            tokens = y[..., sink_tokens:, :].flatten(0, -2)
+            found[name] = tokens.float().std(0, correction=0)
+
+        return hook
+
+    decoder = decoder_of(model)
+    with ExitStack() as stack:
+        stack.callback(decoder.train, decoder.training)
+        for name in names:
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_hook(hook_of(name)).remove)
+        decoder.eval()
+        with torch.no_grad():
+            decoder(input_ids=windows, use_cache=False)
+    return found
 
 
 @contextmanager
@@ -160,6 +210,7 @@ def _masked(model: nn.Module, masks: Mapping[str, _Mask]) -> Iterator[None]:
         for name, mask in masks.items():
             module = model.get_submodule(name)
             stack.callback(module.register_forward_pre_hook(mask.before).remove)
+            stack.callback(module.register_forward_hook(mask.after).remove)
         yield
 
 
@@ -177,6 +228,17 @@ def _moved(
         return replace(layer, threshold=threshold, cutoff=cutoff)
 
     return replace(plan, layers={name: moved(name, layer) for name, layer in plan.layers.items()})
+
+
+def _shifted(plan: SparsityPlan, constants: Mapping[str, Tensor]) -> SparsityPlan:
+    """The plan with constants as biases; as it was if all are zero."""
+    if not any(bool(constant.any()) for constant in constants.values()):
+        return plan
+    layers = {
+        name: replace(layer, terms=replace(layer.terms, bias=constants[name]))
+        for name, layer in plan.layers.items()
+    }
+    return replace(plan, layers=layers)
 
 
 def _settled(

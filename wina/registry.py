@@ -108,8 +108,8 @@ def whole(name: str, value: float, least: int = 1) -> int:
     return int(value)
 
 
-def share(name: str, value: float) -> float:
-    """A parameter of a spec in (0, 1]; anything else raises :class:`ConfigError`."""
-    if not 0.0 < value <= 1.0:
-        raise ConfigError(f"{name} is a share in (0, 1], not {value:g}")
+def share(name: str, value: float, zero: bool = False) -> float:
+    """A parameter of a spec in (0, 1], or 0 if ``zero``; else raises :class:`ConfigError`."""
+    if not (0.0 < value <= 1.0 or (zero and value == 0.0)):
+        raise ConfigError(f"{name} is a share in {'[' if zero else '('}0, 1], not {value:g}")
     return value

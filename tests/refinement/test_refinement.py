@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CALIBRATION, config, divergence, plan_for
 from torch import Tensor, nn
 
@@ -14,10 +15,10 @@ import wina
 from wina.errors import ConfigError
 from wina.inspection import measure_sparsity
 from wina.plan import SparsityPlan, weighted_mean
-from wina.refinement import Exercise, LearnedThresholds, Refinement, Slopes
+from wina.refinement import Exercise, Learned, Refinement, Slopes
 from wina.refining import _Mask, refine
 
-QUICK = "learned:steps=12:rate=0.1:channels=0.05:batch=256:text=2048"
+QUICK = "learned:steps=12:rate=0.1:channels=0.05:constants=0.02:batch=256:text=2048"
 
 
 class Analytic:
@@ -43,7 +44,7 @@ def test_the_marginal_loss_of_a_byte_becomes_equal_at_the_same_budget() -> None:
     known = Analytic()
     before = known.slopes(torch.empty(0))
     exercise = Exercise(CALIBRATION.reshape(16, 128), known.logs, before.read, known.slopes)
-    LearnedThresholds(steps=150, rate=0.05, channels=0.05).refine(exercise)
+    Learned(steps=150, rate=0.05, channels=0.05).refine(exercise)
     after = known.slopes(torch.empty(0))
     assert abs(after.read - before.read) < 0.01
     assert after.loss < 0.9 * before.loss
@@ -58,7 +59,7 @@ def test_slopes_are_those_of_moved_thresholds() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 200_002, 3)
     g = torch.sign(x) * torch.tensor([1.0, -2.0, 0.5])
-    mask = _Mask(torch.tensor([0.5, 0.8, 1.5]).log(), share=0.25, sink_tokens=2)
+    mask = _Mask(torch.tensor([0.5, 0.8, 1.5]).log(), torch.ones(1), share=0.25, sink_tokens=2)
     inputs = x.clone().requires_grad_()
     (masked,) = mask.before(nn.Identity(), (inputs,))
     ((masked * g)[:, 2:].sum() / 200_000).backward()
@@ -78,16 +79,67 @@ def test_slopes_are_those_of_moved_thresholds() -> None:
     torch.testing.assert_close(inputs.grad[:, 2:], (g[:, 2:] * kept) / 200_000)  # type: ignore[index]
 
 
-def test_learning_lowers_the_divergence_at_the_same_bytes(llama: nn.Module) -> None:
+def test_constants_that_are_missing_are_learned() -> None:
+    """Sparse logits that lack a constant: the divergence falls to zero."""
+    target = torch.tensor([0.5, -0.25, 0.0, 0.25])
+    shift = torch.zeros(4)
+    logits = torch.randn(64, 4)
+
+    def slopes(ids: Tensor) -> Slopes:
+        moved = shift.clone().requires_grad_()
+        rows = logits[ids.flatten()]
+        dense = (rows + target).log_softmax(-1)
+        loss = F.kl_div(
+            (rows + moved).log_softmax(-1), dense, reduction="batchmean", log_target=True
+        )
+        (slope,) = torch.autograd.grad(loss, moved)
+        return Slopes(float(loss.detach()), 0.5, {}, {}, {"p": slope})
+
+    windows = torch.arange(64).reshape(4, 16)
+    exercise = Exercise(windows, {}, 0.5, slopes, {"p": shift})
+    Learned(steps=80, constants=0.0, batch=32).refine(exercise)
+    assert not shift.any()
+    Learned(steps=80, constants=0.03, batch=32).refine(exercise)
+    torch.testing.assert_close(shift - shift.mean(), target - target.mean(), atol=0.02, rtol=0)
+
+
+def test_slopes_of_constants_are_those_of_added_constants() -> None:
+    mask = _Mask(torch.zeros(3), torch.tensor([2.0, 3.0]), share=1.0, sink_tokens=2)
+    y, g = torch.randn(1, 6, 2), torch.randn(1, 6, 2)
+    with torch.no_grad():
+        mask.shift += torch.tensor([1.0, -1.0])
+    shifted = mask.after(nn.Identity(), None, y)
+    torch.testing.assert_close(shifted[:, :2], y[:, :2])
+    torch.testing.assert_close(shifted[:, 2:], y[:, 2:] + torch.tensor([2.0, -3.0]))
+    (shifted * g).sum().backward()
+    slope = mask.take_slope_of_shift()
+    torch.testing.assert_close(slope, g[0, 2:].sum(0) * torch.tensor([2.0, 3.0]))
+    assert not mask.take_slope_of_shift().any()
+
+
+@pytest.mark.parametrize(
+    ("parts", "constant"),
+    [
+        ("rate=0.1:channels=0.05:constants=0.02", True),
+        ("rate=0:channels=0:constants=0.05", True),
+        ("rate=0.1:channels=0.05:constants=0", False),
+    ],
+)
+def test_learning_lowers_the_divergence_at_the_same_bytes(
+    llama: nn.Module, parts: str, constant: bool
+) -> None:
     ids = CALIBRATION.reshape(-1, 128)
     before = {name: value.clone() for name, value in llama.state_dict().items()}
     settings = {"sparsity": 0.6, "calibration_tokens": 2048}
     plain = plan_for(llama, **settings)
-    learned = plan_for(llama, refinement=QUICK, **settings)
+    learned = plan_for(
+        llama, refinement=f"learned:steps=12:batch=256:text=2048:{parts}", **settings
+    )
+    assert all(bool(layer.terms.tensors()) == constant for layer in learned.layers.values())
     assert all(torch.equal(before[name], value) for name, value in llama.state_dict().items())
     assert all(p.requires_grad for p in llama.parameters())
-    assert not any(m._forward_pre_hooks for m in llama.modules())
-    assert divergence(llama, learned, ids) < 0.9 * divergence(llama, plain, ids)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in llama.modules())
+    assert divergence(llama, learned, ids) < 0.95 * divergence(llama, plain, ids)
     wina.sparsify(llama, learned, prefill="all", backend="reference")
     with measure_sparsity(llama) as counter, torch.no_grad():
         llama(input_ids=ids)
@@ -95,7 +147,7 @@ def test_learning_lowers_the_divergence_at_the_same_bytes(llama: nn.Module) -> N
     assert learned.realised == pytest.approx(counter.mean, abs=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{"weight_dtype": "int8"}, {"correction": "learned:steps=2"}])
+@pytest.mark.parametrize("settings", [{"weight_dtype": "int8"}, {"criterion": "magnitude"}])
 def test_goes_with_other_parts(llama: nn.Module, settings: dict[str, str]) -> None:
     plan = plan_for(llama, refinement=QUICK, sparsity=0.5, **settings)
     assert abs(plan.realised - 0.5) < 0.002
@@ -142,12 +194,14 @@ def test_the_kernels_read_what_was_learned(llama: nn.Module, tmp_path: Path) -> 
     wina.sparsify(llama, loaded)
     for name, layer in plan.layers.items():
         assert torch.equal(llama.get_submodule(name).threshold, layer.threshold)
+        assert torch.equal(llama.get_submodule(name).shift, layer.terms.bias)  # type: ignore[arg-type]
 
 
 def test_is_reproducible(llama: nn.Module) -> None:
     first, second = (plan_for(llama, refinement="learned:steps=3:text=512") for _ in range(2))
     for name, layer in first.layers.items():
         assert torch.equal(second.layers[name].threshold, layer.threshold)
+        assert torch.equal(second.layers[name].terms.bias, layer.terms.bias)  # type: ignore[arg-type]
 
 
 def test_a_failure_leaves_a_dense_model(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,12 +209,12 @@ def test_a_failure_leaves_a_dense_model(llama: nn.Module, monkeypatch: pytest.Mo
         exercise.slopes(CALIBRATION[None, :64])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LearnedThresholds, "refine", fail)
+    monkeypatch.setattr(Learned, "refine", fail)
     with pytest.raises(KeyboardInterrupt):
         plan_for(llama, refinement="learned")
     assert not wina.patch.is_patched(llama)
     assert all(p.requires_grad for p in llama.parameters())
-    assert not any(m._forward_pre_hooks for m in llama.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in llama.modules())
 
 
 @pytest.mark.parametrize(
@@ -169,7 +223,7 @@ def test_a_failure_leaves_a_dense_model(llama: nn.Module, monkeypatch: pytest.Mo
         ({"selector": "topk"}, "selector 'threshold'"),
         ({"mask": "group"}, "mask 'projection'"),
         ({"method": "cats"}, "mask 'projection'"),
-        ({"correction": "bias"}, "a correction that is learned"),
+        ({"correction": "bias"}, "correction 'none'"),
     ],
 )
 def test_what_cannot_be_refined_is_refused(settings: dict[str, str], message: str) -> None:

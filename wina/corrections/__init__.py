@@ -8,13 +8,11 @@ from wina.corrections.base import (
     CORRECTIONS,
     Correction,
     Fit,
-    Lesson,
     Products,
     Terms,
     Uncorrected,
 )
 from wina.corrections.bias import Bias
-from wina.corrections.learned import Learned
 from wina.corrections.low_rank import LowRank, WeightSVD
 from wina.corrections.sparse_fit import SparseFit
 
@@ -23,8 +21,6 @@ __all__ = [
     "Bias",
     "Correction",
     "Fit",
-    "Learned",
-    "Lesson",
     "LowRank",
     "Products",
     "SparseFit",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -98,53 +98,23 @@ class Fit(ABC):
         """The correction for the tokens seen so far and the weight [N, K] that is in use."""
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """A sparse model, its masks fixed, to learn constants in.
-
-    Attributes:
-        windows: calibration tokens [windows, S].
-        shifts: projection name → what is added to its sparse products, [N] float32, a leaf that
-            asks for its gradient; to be changed in place.
-        units: projection name → standard deviation of each output of the dense model, [N] float32.
-        dense: token ids [B, S] → log-probabilities [T, vocabulary] of the dense model for the
-            tokens that are sparse in the other.
-        sparse: the same of the sparse model, with the shifts as they are; differentiable in them.
-        show_progress: draw a bar on stderr.
-    """
-
-    windows: Tensor
-    shifts: Mapping[str, Tensor]
-    units: Mapping[str, Tensor]
-    dense: Callable[[Tensor], Tensor]
-    sparse: Callable[[Tensor], Tensor]
-    show_progress: bool = False
-
-
 class Correction(ABC):
     """Finds what to add to the sparse products of a model.
 
-    First each projection by itself (:meth:`fit`), while thresholds are calibrated; then, if it
-    ``learns``, the constants of all of them together (:meth:`learn`). Parameters are keyword
+    Each projection by itself (:meth:`fit`), while thresholds are calibrated. Parameters are keyword
     arguments of ``__init__``, as for allocation policies.
 
     Attributes:
         needs: what it has to compute beyond the pass that calibrates thresholds.
         compares: whether :attr:`Products.missing` is wanted, which doubles the cost of that pass.
-        learns: whether there is more to do once all masks are fixed.
     """
 
     needs: Needs = Needs.NOTHING
     compares: bool = False
-    learns: bool = False
 
     @abstractmethod
     def fit(self) -> Fit | None:
         """Begin with a projection; None if there is nothing to fit."""
-
-    def learn(self, lesson: Lesson) -> None:
-        """Improve the constants in place; called where the correction ``learns``."""
-        raise NotImplementedError(f"{type(self).__name__} does not learn")
 
 
 CORRECTIONS: Registry[type[Correction]] = Registry("correction")

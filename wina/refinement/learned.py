@@ -1,4 +1,4 @@
-"""Thresholds learned through the whole sparse model."""
+"""Thresholds and constants learned through the whole sparse model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _GAIN = 0.3  # of a batch's distance from the budget, the part that is made up f
 
 
 @REFINEMENTS.register("learned")
-class LearnedThresholds(Refinement):
-    """t that lower KL(dense ‖ sparse) at the same bytes, weights frozen.
+class Learned(Refinement):
+    """t and b that lower KL(dense ‖ sparse) at the same bytes, weights frozen.
 
     log t_j of channel j of a projection is moved by u + v_j: u spends bytes on another projection
     and v_j on another channel of it (the factor c_j of its score). The loss that is descended is
@@ -28,10 +28,14 @@ class LearnedThresholds(Refinement):
     above the budget is taken back by such a scaling. Adam, with one second moment for all channels
     of a projection: the channels that matter little move little, whatever their noise.
 
+    b is a constant for each output: the idea of SPON (arXiv 2512.12744), whose constant input of a
+    projection is a constant of its output. Adam with a moment for each.
+
     Args:
         steps: of Adam.
-        rate: of u, at first; it falls to zero.
+        rate: of u, at first; it falls to zero. 0 for none, as for the next two.
         channels: the same of v.
+        constants: the same of b, in standard deviations of each output.
         batch: calibration tokens in one step.
         text: calibration tokens to read, where there are as many.
     """
@@ -40,15 +44,17 @@ class LearnedThresholds(Refinement):
 
     def __init__(
         self,
-        steps: float = 24,
+        steps: float = 64,
         rate: float = 0.03,
         channels: float = 0.02,
-        batch: float = 512,
-        text: float = 12288,
+        constants: float = 0.01,
+        batch: float = 1024,
+        text: float = 24576,
     ) -> None:
         self.steps = whole("steps", steps)
-        self.rate = share("rate", rate)
-        self.channels = share("channels", channels)
+        self.rate = share("rate", rate, zero=True)
+        self.channels = share("channels", channels, zero=True)
+        self.constants = share("constants", constants, zero=True)
         self.batch = whole("batch", batch)
         self.text = whole("text", text)
 
@@ -57,8 +63,9 @@ class LearnedThresholds(Refinement):
         batches = self._batches(exercise.windows)
         shared = {name: _Adam() for name in exercise.logs}
         single = {name: _Adam() for name in exercise.logs}
+        constant = {name: _Adam(each=True) for name in exercise.shifts}
         loss_slope, read_slope = _Mean(), _Mean()
-        with progress("learning thresholds", self.steps, exercise.show_progress) as advance:
+        with progress("learning", self.steps, exercise.show_progress) as advance:
             for step in range(self.steps):
                 rate = min(1.0, (step + 1) / _WARM_UP) * (1.0 - step / self.steps)
                 slopes = exercise.slopes(batches[step % len(batches)])
@@ -72,6 +79,9 @@ class LearnedThresholds(Refinement):
                     u = self.rate * shared[name].direction(slope.sum())
                     v = self.channels * single[name].direction(slope)
                     logs -= rate * (u + v) + back
+                for name, shift in exercise.shifts.items() if self.constants else ():
+                    slope = slopes.of_shift[name]
+                    shift -= rate * self.constants * constant[name].direction(slope)
                 advance()
 
     def _batches(self, windows: Tensor) -> list[Tensor]:
@@ -83,9 +93,14 @@ class LearnedThresholds(Refinement):
 
 
 class _Adam:
-    """The direction of Adam, with one second moment for the whole tensor."""
+    """The direction of Adam.
 
-    def __init__(self) -> None:
+    Args:
+        each: keep a second moment for each number, not one for the whole tensor.
+    """
+
+    def __init__(self, each: bool = False) -> None:
+        self.each = each
         self.first: Tensor | float = 0.0
         self.second: Tensor | float = 0.0
         self.steps = 0
@@ -94,9 +109,10 @@ class _Adam:
         """Take a gradient in; what a rate of 1 would subtract."""
         self.steps += 1
         self.first = _FIRST * self.first + (1 - _FIRST) * gradient
-        self.second = _SECOND * self.second + (1 - _SECOND) * gradient.square().mean()
+        square = gradient.square() if self.each else gradient.square().mean()
+        self.second = _SECOND * self.second + (1 - _SECOND) * square
         mean = self.first / (1 - _FIRST**self.steps)
-        spread = (self.second / (1 - _SECOND**self.steps)).sqrt()
+        spread = torch.as_tensor(self.second / (1 - _SECOND**self.steps)).sqrt()
         return mean / spread.clamp_min(1e-12)
 
 
