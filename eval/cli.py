@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from wina.cli_options import (
     source_note,
 )
 from wina.errors import WinaError
+from wina.files import write_atomically
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -255,13 +257,24 @@ def eval_ppl(
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
     head_dtype: HeadDtype = "auto",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Save the JSON here after every row.")
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity of methods × sparsities on a text that calibration never saw."""
-    from wina.eval.perplexity import compare, print_comparison
+    from wina.eval.perplexity import compare, comparison_document, print_comparison
 
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     texts = None if text is None else [read_text(text)]
+    title = Path(resolve_model(model)).name
+
+    def save(rows: list[dict[str, Any]]) -> None:
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            document = json.dumps(comparison_document(title, rows), indent=1)
+            write_atomically(output, (document + "\n").encode())
+
     rows = compare(
         loaded,
         tokenizer,
@@ -281,8 +294,9 @@ def eval_ppl(
             "weight_dtype": weight_dtype,
         },
         head_dtype=head_dtype,
+        after_row=save,
     )
-    print_comparison(Path(resolve_model(model)).name, rows, prefill)
+    print_comparison(title, rows, prefill)
 
 
 @app.command("ablation")

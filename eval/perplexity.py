@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -177,6 +178,7 @@ def compare(
     settings: Mapping[str, Any] | None = None,
     show_progress: bool = True,
     head_dtype: str = AUTO,
+    after_row: Callable[[list[dict[str, Any]]], object] | None = None,
 ) -> list[dict[str, Any]]:
     """Perplexity of every method at every sparsity, calibrated on the bundled text.
 
@@ -192,6 +194,7 @@ def compare(
         settings: further fields of :class:`SparsityConfig`.
         show_progress: draw progress bars on stderr.
         head_dtype: of the sparse models' head, as :func:`wina.decode` reads it.
+        after_row: gets the rows so far whenever there is one more.
 
     Returns:
         Rows of {method, sparsity, realised_bytes_sparsity, perplexity, nats_over_dense,
@@ -206,6 +209,8 @@ def compare(
     ]
     baseline = perplexity(model, windows, title="scoring dense", show_progress=show_progress)
     rows = [_row("dense", 0.0, baseline, baseline)]
+    tell = after_row or (lambda _: None)
+    tell(rows)
     measurements = Measurements(max((c.sparsity for c in configs), default=0.0))
     for config in configs:
         with rotated(model, config.rotation_spec, tokenizer, show_progress):
@@ -226,6 +231,7 @@ def compare(
             finally:
                 restore(model)
         rows.append(_row(config.method, config.sparsity, scored, baseline))
+        tell(rows)
         if show_progress:
             Console(stderr=True).print(
                 f"{config.method} at {config.sparsity:.0%}: perplexity {scored.perplexity:.3f}, "
@@ -266,4 +272,10 @@ def print_comparison(title: str, rows: Sequence[dict[str, Any]], prefill: str) -
             f"{row['perplexity']:.3f}", f"{row['nats_over_dense']:.4f}",
         )  # fmt: skip
     Console(width=100).print(table)
-    print(json.dumps({"model": title, "rows": list(rows), "machine": machine_card()}))
+    print(json.dumps(comparison_document(title, rows)))
+
+
+def comparison_document(title: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is printed last, and saved: the rows, the machine, the command."""
+    command = " ".join(["wina", *sys.argv[1:]])
+    return {"model": title, "rows": list(rows), "machine": machine_card(), "command": command}

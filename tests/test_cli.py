@@ -64,12 +64,14 @@ def test_export_inspect_generate(folder: str, tmp_path: Path) -> None:
     assert "wina at 50%" in invoke("calibrate", plan, "--model", out, "--tokens", "1024")
 
 
-def test_eval_ppl(folder: str) -> None:
+def test_eval_ppl(folder: str, tmp_path: Path) -> None:
+    saved = tmp_path / "new" / "ppl.json"
     out = invoke(
         "eval", "ppl", "--model", folder, "--sparsities", "0.5", "--tokens", "1024",
-        "--calibration-tokens", "1024",
+        "--calibration-tokens", "1024", "--output", str(saved),
     )  # fmt: skip
     rows = json.loads(out.splitlines()[-1])["rows"]
+    assert json.loads(saved.read_text())["rows"] == rows
     assert [row["method"] for row in rows] == ["dense", "teal", "wina"]
     assert rows[0]["nats_over_dense"] == 0
     assert all(0.4 < row["realised_bytes_sparsity"] < 0.6 for row in rows[1:])
