@@ -171,12 +171,17 @@ def _refuse_unserved(plan: SparsityPlan) -> None:
     for setting, found, served in (
         ("selector", config.selector_spec, "threshold"),
         ("correction", config.correction_spec, "none"),
+        ("refinement", config.refinement_spec if _has_terms(plan) else None, None),
         ("rotation", plan.rotation, NO_ROTATION),
         ("weight_dtype", config.weight_dtype, None),
         ("method", config.method if METHODS[config.method].gate_mask else None, None),
     ):
         if found != served:
             raise ConfigError(f"{setting} {found!r} is not served in vLLM")
+
+
+def _has_terms(plan: SparsityPlan) -> bool:
+    return any(layer.terms.tensors() for layer in plan.layers.values())
 
 
 def _refuse_cuda_graphs() -> None:
