@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from wina.errors import WinaError
 from wina.eval.harness import HarnessTask, evaluate, read_metrics
@@ -65,9 +68,11 @@ def beside_vllm(
 
     Returns:
         A row for every metric of a task: {task, metric, wina, vllm, stderr, difference, within,
-        documents, realised, median_dlogp}. ``stderr`` is that of ours, ``within`` says whether the
-        difference is at most that; ``realised`` is the share of channels that vLLM dropped, and
-        ``median_dlogp`` the median difference of the continuations' log-probabilities.
+        documents, realised, median_dlogp, rounding_dlogp}. ``stderr`` is that of ours, ``within``
+        says whether the difference is at most that; ``realised`` is the share of channels that vLLM
+        dropped, and ``median_dlogp`` the median difference of the continuations' log-probabilities.
+        ``rounding_dlogp`` is what the last one is between ours and ours with every embedding moved
+        to the next float32: what rounding alone does, without vLLM.
     """
     from wina.integrations.lm_eval import WinaLM
     from wina.integrations.vllm.step import STEP, DecodedChannels
@@ -89,7 +94,12 @@ def beside_vllm(
         STEP.observer = counter = DecodedChannels()
         theirs = evaluate(engine, task.registered, task.manager, settings)
         STEP.observer = None
-        scores = [_scores(results) for results in (own, theirs)]
+        with _rounded_up(ours.model.get_input_embeddings().weight):
+            rounded = evaluate(ours, task.registered, task.manager, settings)
+        scores, distances = _scores(own), []
+        for others in (theirs, rounded):
+            pairs = zip(scores, _scores(others), strict=True)
+            distances.append(median(abs(a - b) for a, b in pairs))
         metrics = [read_metrics(results, task.registered) for results in (own, theirs)]
         for metric, found in metrics[0].items():
             other = metrics[1][metric].value
@@ -99,7 +109,7 @@ def beside_vllm(
                 "within": abs(other - found.value) <= (found.stderr or 0.0),
                 "documents": sum(map(len, own["samples"].values())),
                 "realised": counter.realised,
-                "median_dlogp": median(abs(a - b) for a, b in zip(*scores, strict=True)),
+                "median_dlogp": distances[0], "rounding_dlogp": distances[1],
             })  # fmt: skip
     return rows
 
@@ -108,6 +118,16 @@ def _dense(folder: Path) -> Any:
     from wina.cli_options import load_model
 
     return load_model(str(folder), "float32")[0]
+
+
+@contextmanager
+def _rounded_up(weight: Tensor) -> Iterator[None]:
+    """Every value is the next larger one of its dtype meanwhile."""
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.copy_(before.nextafter(torch.full_like(before, torch.inf)))
+        yield
+        weight.copy_(before)
 
 
 def _scores(results: Mapping[str, Any]) -> list[float]:
@@ -131,6 +151,7 @@ def print_beside(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         "within",
         "masked",
         "median |Δ log p|",
+        "of rounding",
     ):
         table.add_column(column, no_wrap=True)
     for row in rows:
@@ -138,6 +159,7 @@ def print_beside(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
             row["task"], row["metric"], f"{row['wina']:.4f}", f"{row['vllm']:.4f}",
             f"{row['stderr'] or 0:.4f}", "yes" if row["within"] else "NO",
             f"{row['realised']:.3f}", f"{row['median_dlogp']:.1e}",
+            f"{row['rounding_dlogp']:.1e}",
         )  # fmt: skip
     Console(width=120).print(table)
     print(json.dumps({"rows": list(rows), "within": all(row["within"] for row in rows)}))

@@ -77,6 +77,52 @@ def forced(folder: Path, prompt: list[int], tokens: list[int]) -> tuple[list[flo
     return found, recorder
 
 
+def scored(
+    folder: Path, prompt: list[int], masks: Seen | None = None
+) -> tuple[list[float], Recorder]:
+    """Log-probabilities of a prompt's tokens from the second on, prompts masked, and what was.
+
+    In our patched transformers model; with ``masks`` in transformers' dense one, whose projections
+    read what those masks leave of their inputs.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # Without its plan's prefill, which leaves prompts dense.
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    wina.restore(model)
+    recorder = Recorder()
+    if masks is None:
+        wina.sparsify(model, wina.SparsityPlan.load(folder / "wina"), prefill="all")
+        patch_of(model).control.observer = recorder.of_transformers
+    for name, steps in (masks or {}).items():
+        x, threshold = (torch.cat([x for x, _ in steps]), steps[0][1])
+        keep = torch.ones(len(prompt), x.shape[-1])
+        keep[-len(x) :] = keep_mask(x, threshold)
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, keep=keep: (inputs[0] * keep,)
+        )
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        found = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return found.gather(-1, ids[0, 1:, None])[:, 0].tolist(), recorder
+
+
+def first_differences(theirs: Seen, ours: Seen) -> Tensor:
+    """How far from its threshold, relative, each channel lies that the engines mask differently.
+
+    In the first product where there is one; empty if there is none. Before it inputs are the same
+    but for rounding, after it they are not.
+    """
+    assert set(theirs) == set(ours)
+    for name, steps in theirs.items():
+        x, our_x = (torch.cat([x for x, _ in found]) for found in (steps, ours[name]))
+        threshold = steps[0][1]
+        differs = keep_mask(x, threshold) != keep_mask(our_x, threshold)
+        if differs.any():
+            return (x.abs() / threshold - 1).abs()[differs]
+    return torch.empty(0)
+
+
 def assert_close_median(found: list[float], expected: list[float]) -> None:
     difference = torch.tensor([abs(a - b) for a, b in zip(found, expected, strict=True)])
     assert float(difference.median()) <= 1e-4

@@ -26,15 +26,19 @@ os.environ.update(
     TRANSFORMERS_OFFLINE="1", OMP_NUM_THREADS="1",
 )  # fmt: skip
 
+from transformers import AutoTokenizer
 from vllm_model import (
+    MARGIN,
     RankRecorder,
     Recorder,
     Seen,
     assert_close_median,
     assert_same_masks,
+    first_differences,
     forced,
     joined,
     make_folder,
+    scored,
 )
 
 import wina
@@ -45,6 +49,11 @@ pytestmark = pytest.mark.vllm
 
 PROMPTS = [random_tokens(count, seed=count).tolist() for count in (12, 7)]
 NEW_TOKENS = 16
+TEXT = (
+    "To keep bread fresh for longer, wrap it in a clean cloth and put it into a wooden box. "
+    "A plastic bag holds the moisture of the crust, so that it turns soft within a day."
+)
+MASKED_PROMPTS = {"quant_method": "wina", "prefill": "all"}
 CHANNELS = 2 * (128 * 5 + 128 + 96)  # layers × (inputs of q, k, v, gate, up; of o; of down)
 
 
@@ -77,6 +86,16 @@ def _fresh() -> Iterator[None]:
     vars(STEP).update(before)
 
 
+def start(folder: Path, **settings: Any) -> Any:
+    """An engine in this process."""
+    from vllm import LLM
+
+    return LLM(
+        str(folder), dtype="float32", max_model_len=128, max_num_seqs=4, skip_tokenizer_init=True,
+        **{"enforce_eager": True, **settings},
+    )  # fmt: skip
+
+
 def generate(
     folder: Path, prompts: list[list[int]] = PROMPTS, observer: Callable[..., None] | None = None,
     ranks: list[Seen] | None = None, **settings: Any,
@@ -85,14 +104,11 @@ def generate(
 
     ``ranks`` is filled with the sparse products of each worker process.
     """
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     if ranks is not None:
         settings["worker_extension_cls"] = f"{RankRecorder.__module__}.{RankRecorder.__name__}"
-    engine = LLM(
-        str(folder), dtype="float32", max_model_len=128, max_num_seqs=4, skip_tokenizer_init=True,
-        **{"enforce_eager": True, **settings},
-    )  # fmt: skip
+    engine = start(folder, **settings)
     STEP.observer = observer
     sampling = SamplingParams(
         temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0, detokenize=False
@@ -166,10 +182,34 @@ def test_steps_that_mix_prompts_and_decoding(folders: Folders) -> None:
 
 def test_prompts_can_be_masked_for_evaluations(folders: Folders) -> None:
     counter = DecodedChannels()
-    settings = {"quantization_config": {"quant_method": "wina", "prefill": "all"}}
-    generate(folders[0.5], observer=counter, hf_overrides=settings)
+    overrides = {"quantization_config": MASKED_PROMPTS}
+    generate(folders[0.5], observer=counter, hf_overrides=overrides)
     sparse_prompt = sum(len(prompt) - 2 for prompt in PROMPTS)  # all but the sinks
     assert counter.seen == (sparse_prompt + len(PROMPTS) * (NEW_TOKENS - 1)) * CHANNELS
+
+
+@pytest.mark.parametrize("model", ["tiny", SMOL])
+def test_masked_prompts_differ_from_ours_by_channels_on_their_thresholds_only(
+    made: Callable[[str], Folders], model: str
+) -> None:
+    """With vLLM's masks transformers scores as vLLM does, whatever its own masks would be."""
+    from vllm import SamplingParams
+
+    folder, theirs = made(model)[0.5], Recorder()
+    prompt = AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"][:96]
+    engine = start(folder, hf_overrides={"quantization_config": MASKED_PROMPTS})
+    STEP.observer = theirs.of_vllm
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    try:
+        (output,) = engine.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+    steps = zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
+    found = [step[token].logprob for step, token in steps]
+    same_masks, _ = scored(folder, prompt, theirs.seen)
+    assert found == pytest.approx(same_masks, abs=1e-3)
+    _, ours = scored(folder, prompt)
+    assert (first_differences(theirs.seen, ours.seen) <= MARGIN).all()
 
 
 @pytest.fixture

@@ -53,4 +53,5 @@ def test_continuations_score_in_vllm_as_with_us(tmp_path: Path) -> None:
         assert row["documents"] == DOCUMENTS
         assert 0.4 < row["realised"] < 0.6
         assert row["median_dlogp"] <= 1e-4
+        assert 0 < row["rounding_dlogp"] <= 1e-4
         assert abs(row["difference"]) <= row["stderr"]
