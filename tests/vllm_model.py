@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,13 @@ Seen = dict[str, list[tuple[Tensor, Tensor]]]
 
 
 def make_folder(folder: Path, sparsity: float, model: str = "tiny") -> Path:
-    """As a sparsified model saves itself, with a tokenizer: a tiny Llama, or a demo model."""
+    """As a sparsified model saves itself, with a tokenizer: a tiny Llama, or a demo model.
+
+    The tiny one's sparse products have constants, large enough to be missed.
+    """
     settings = wina.SparsityConfig(sparsity=sparsity, window=128, calibration_tokens=2048)
     if model == "tiny":
+        settings = replace(settings, refinement="learned:steps=4:constants=0.5:batch=256:text=1024")
         loaded: Any = tiny_model("llama", hidden_size=128, head_dim=32)
         tokenizer, texts = tiny_tokenizer(), random_tokens(2048, seed=1)
     else:

@@ -300,7 +300,7 @@ def test_a_plan_that_is_not_served_is_refused(
     from wina.integrations.vllm.plugin import WinaConfig
 
     plan = wina.SparsityPlan.load(folders[0.5] / "wina")
-    asked = wina.SparsityConfig(**{**plan.config.to_dict(), setting: value})
+    asked = wina.SparsityConfig(**{**plan.config.to_dict(), "refinement": None, setting: value})
     calibration = {**plan.calibration, "rotation": asked.rotation_spec}
     replace(plan, config=asked, calibration=calibration).save(tmp_path / "plan")
     config = WinaConfig.from_config({"quant_method": "wina", "plan": str(tmp_path / "plan")})

@@ -44,8 +44,9 @@ def merged(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def expected(
-    x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | None, rows: Rows
-) -> Tensor:
+    x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | None, rows: Rows,
+    shift: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """In float64, part by part."""
     parts = []
     for block, threshold in zip(weight.split(SPLITS), thresholds, strict=True):
@@ -54,6 +55,8 @@ def expected(
             masked = torch.where(rows[:, None], masked, x)
         parts.append((masked if rows is not False else x).double() @ block.double().t())
     y = torch.cat(parts, dim=-1)
+    if shift is not None and rows is not False:
+        y = y + shift.double() * (rows[:, None] if isinstance(rows, Tensor) else 1)
     return y if bias is None else y + bias.double()
 
 
@@ -65,14 +68,18 @@ def test_pack_lays_each_part_k_major() -> None:
         assert torch.equal(block.t(), part)
 
 
+@pytest.mark.parametrize("with_shift", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("rows", [True, False, torch.tensor([True, False, False, True, False])])
-def test_each_part_has_its_own_mask_and_each_row_its_own_kind(rows: Rows, with_bias: bool) -> None:
+def test_each_part_has_its_own_mask_and_each_row_its_own_kind(
+    rows: Rows, with_bias: bool, with_shift: bool
+) -> None:
     x, weight, thresholds, bias = merged()
     used = bias if with_bias else None
-    y = merged_product(x, pack(weight, SPLITS), thresholds, used, SPLITS, rows)
+    shift = bias.flip(0) if with_shift else None
+    y = merged_product(x, pack(weight, SPLITS), thresholds, used, shift, SPLITS, rows)
     torch.testing.assert_close(
-        y.double(), expected(x, weight, thresholds, used, rows), rtol=1e-5, atol=1e-5
+        y.double(), expected(x, weight, thresholds, used, rows, shift), rtol=1e-5, atol=1e-5
     )
 
 
@@ -81,7 +88,7 @@ def test_a_compiled_graph_asks_anew_in_every_step() -> None:
     packed = pack(weight, SPLITS)
 
     def forward(x: Tensor) -> Tensor:
-        return step_linear(2 * x, packed, thresholds, None, SPLITS, "layer") + 1
+        return step_linear(2 * x, packed, thresholds, None, None, SPLITS, "layer") + 1
 
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
     kinds: list[Rows] = [False, True, torch.tensor([False, True, True, False, True])]
@@ -100,16 +107,16 @@ def test_channels_are_counted_where_rows_are_sparse() -> None:
     packed = pack(weight, SPLITS)
     counter = DecodedChannels()
     STEP.observer = counter
-    step_linear(x, packed, thresholds, None, SPLITS, "layer")
+    step_linear(x, packed, thresholds, None, None, SPLITS, "layer")
     assert counter.realised == 0
     rows = torch.tensor([True, False, False, True, False])
     STEP.sparse_rows = lambda tokens: rows
-    step_linear(x, packed, thresholds, None, SPLITS, "layer")
+    step_linear(x, packed, thresholds, None, None, SPLITS, "layer")
     dropped = sum(int((x[rows].abs() <= threshold).sum()) for threshold in thresholds)
     assert counter.realised == pytest.approx(dropped / (2 * 3 * CHANNELS))
 
 
 def test_the_operator_is_sound() -> None:
     x, weight, thresholds, bias = merged()
-    arguments = (x, pack(weight, SPLITS), thresholds, bias, SPLITS, "layer")
+    arguments = (x, pack(weight, SPLITS), thresholds, bias, bias, SPLITS, "layer")
     torch.library.opcheck(step_linear, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -21,6 +21,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearBase,
+    RowParallelLinear,
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
@@ -171,17 +172,12 @@ def _refuse_unserved(plan: SparsityPlan) -> None:
     for setting, found, served in (
         ("selector", config.selector_spec, "threshold"),
         ("correction", config.correction_spec, "none"),
-        ("refinement", config.refinement_spec if _has_terms(plan) else None, None),
         ("rotation", plan.rotation, NO_ROTATION),
         ("weight_dtype", config.weight_dtype, None),
         ("method", config.method if METHODS[config.method].gate_mask else None, None),
     ):
         if found != served:
             raise ConfigError(f"{setting} {found!r} is not served in vLLM")
-
-
-def _has_terms(plan: SparsityPlan) -> bool:
-    return any(layer.terms.tensors() for layer in plan.layers.values())
 
 
 def _refuse_cuda_graphs() -> None:
@@ -219,6 +215,9 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         blocks = weight.split(splits)
         rows = [self._threshold(*pair, layer) for pair in zip(self._parts, blocks, strict=True)]
         layer.register_buffer("wina_thresholds", torch.stack(rows), persistent=False)
+        shifts = [self._shift(*pair, layer) for pair in zip(self._parts, splits, strict=True)]
+        constant = torch.cat(shifts) if any(bool(shift.any()) for shift in shifts) else None
+        layer.register_buffer("wina_shift", constant, persistent=False)
         layer.wina_splits = splits
         replace_parameter(layer, "weight", pack(weight, splits))
 
@@ -240,10 +239,29 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             raise PlanError(f"{name} reads {channels} channels, in the plan {len(threshold)}")
         return threshold[layer.tp_rank * channels :][:channels]
 
+    @staticmethod
+    def _shift(part: ProjectionPlan | None, rows: int, layer: Any) -> Tensor:
+        """What the outputs of a part that this rank holds [N of this rank] get, float32."""
+        constant = None if part is None else part.terms.bias
+        device = layer.weight.device
+        if constant is None:
+            return torch.zeros(rows, device=device)
+        if isinstance(layer, RowParallelLinear):  # the ranks' outputs are added up: one brings it
+            return constant.to(device) if layer.tp_rank == 0 else torch.zeros(rows, device=device)
+        shards = len(constant) // rows  # fewer than ranks where heads are replicated
+        first = layer.tp_rank * shards // layer.tp_size * rows
+        return constant[first : first + rows].to(device)
+
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Hidden states [..., K] → [..., N]."""
         return step_linear(
-            x, layer.weight, layer.wina_thresholds, bias, layer.wina_splits, self._prefix
+            x,
+            layer.weight,
+            layer.wina_thresholds,
+            bias,
+            layer.wina_shift,
+            layer.wina_splits,
+            self._prefix,
         )
 
 

@@ -51,8 +51,8 @@ def unpack(packed: Tensor, splits: Sequence[int]) -> list[Tensor]:
 
 
 def merged_product(
-    x: Tensor, packed: Tensor, thresholds: Tensor, bias: Tensor | None, splits: list[int],
-    rows: Rows,
+    x: Tensor, packed: Tensor, thresholds: Tensor, bias: Tensor | None, shift: Tensor | None,
+    splits: list[int], rows: Rows,
 ) -> Tensor:  # fmt: skip
     """Products of the parts of a merged projection, side by side; some rows sparse.
 
@@ -62,6 +62,7 @@ def merged_product(
         thresholds: [S, K] float32, one row for each part, see
             :func:`wina.kernels.reference.keep_mask`.
         bias: [N] or None.
+        shift: [N] float32 that sparse rows get in addition, or None.
         splits: N_i of the S parts.
         rows: which rows are sparse.
 
@@ -71,9 +72,11 @@ def merged_product(
     if isinstance(rows, Tensor):
         y = x.new_empty(x.shape[0], sum(splits))
         for mask, kind in ((rows, True), (~rows, False)):
-            y[mask] = merged_product(x[mask], packed, thresholds, bias, splits, kind)
+            y[mask] = merged_product(x[mask], packed, thresholds, bias, shift, splits, kind)
         return y
     backend = _backend(x.device, x.dtype)
+    if rows and shift is not None:
+        bias = (shift if bias is None else bias.float() + shift).to(x.dtype)
     biases = [None] * len(splits) if bias is None else list(bias.split(splits))
     parts = [
         backend.sparse_linear(x, block, threshold, part)
@@ -90,20 +93,20 @@ def _backend(device: torch.device, dtype: torch.dtype) -> Backend:
 
 
 def _step_linear(
-    x: Tensor, packed: Tensor, thresholds: Tensor, bias: Tensor | None, splits: list[int],
-    layer: str,
+    x: Tensor, packed: Tensor, thresholds: Tensor, bias: Tensor | None, shift: Tensor | None,
+    splits: list[int], layer: str,
 ) -> Tensor:  # fmt: skip
     hidden = x.reshape(-1, x.shape[-1])
     rows = STEP.sparse_rows(len(hidden))
     if STEP.observer is not None and rows is not False:
         STEP.observer(layer, hidden if rows is True else hidden[rows], thresholds)
-    y = merged_product(hidden, packed, thresholds, bias, splits, rows)
+    y = merged_product(hidden, packed, thresholds, bias, shift, splits, rows)
     return y.view(*x.shape[:-1], sum(splits))
 
 
 def _fake(
-    x: Tensor, packed: Tensor, thresholds: Tensor, bias: Tensor | None, splits: list[int],
-    layer: str,
+    x: Tensor, packed: Tensor, thresholds: Tensor, bias: Tensor | None, shift: Tensor | None,
+    splits: list[int], layer: str,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], sum(splits))
 
