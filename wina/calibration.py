@@ -405,6 +405,7 @@ class _Layer:
         self.correction = config.make_correction()
         self.fit = self.correction.fit()
         self.terms: Terms | None = None
+        self.center: Tensor | None = None
         self.left_out: Tensor | None = None
         self.fed = False  # its scores come from the gate, not from its own input
         self.rows_of: _Layer | None = None  # its outputs are dropped with that layer's inputs
@@ -434,6 +435,10 @@ class _Layer:
     def _see(self, x: Tensor) -> Tensor:
         start = self.prefill.start(x.shape[-2])
         tokens = x[..., start:, :]
+        if self.fit is not None and not self.histogram.total:
+            self.center = self.fit.center(tokens.flatten(0, -2))
+        if self.center is not None:
+            tokens = tokens - self.center.to(tokens.dtype)
         try:
             self.scores.count(self.histogram, tokens, self.sparsity)
         except CalibrationError as error:

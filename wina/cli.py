@@ -45,7 +45,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="Training-free activation sparsity: read only the weights that a token needs.",
-    epilog="Start with `wina demo`. Methods: dense, wina, teal, wisparse, random; with "
+    epilog="Start with `wina demo`. Methods: dense, wina, teal, wisparse, scap, r-sparse, "
+    "random; with "
     "sparsity divided over the projections: wina-plus, teal-greedy, wina-greedy, was; with "
     "thresholds and constants learned for minutes: wina-learned; on a rotated model: wina-paper, "
     "larosa.",

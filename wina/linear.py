@@ -76,6 +76,7 @@ class SparseLinear(nn.Linear):
         shift: [N] that the correction adds to sparse products, or None.
         sparse_bias: bias and ``shift`` together, None without a shift.
         left, right: [N, r] and [r, K]: the correction adds left·right·(dropped channels); or None.
+        center: [K] that is taken off the inputs of sparse products, or None.
     """
 
     threshold: Tensor
@@ -83,6 +84,7 @@ class SparseLinear(nn.Linear):
     sparse_bias: Tensor | None
     left: Tensor | None
     right: Tensor | None
+    center: Tensor | None
 
     def __init__(
         self,
@@ -121,7 +123,8 @@ class SparseLinear(nn.Linear):
         if shift is not None and self.bias is not None:
             bias = self.bias.detach().float() + shift.to(self.bias.device)
         for name, term in (
-            ("shift", shift), ("sparse_bias", bias), ("left", terms.left), ("right", terms.right)
+            ("shift", shift), ("sparse_bias", bias), ("left", terms.left), ("right", terms.right),
+            ("center", terms.center),
         ):  # fmt: skip
             held = None if term is None else term.to(self.storage)
             self.register_buffer(name, held, persistent=False)
@@ -149,13 +152,14 @@ class SparseLinear(nn.Linear):
     @property
     def one_launch(self) -> bool:
         """Whether its sparse product is a kernel and nothing else, so that it can be shared."""
-        return self.left is None
+        return self.left is None and self.center is None
 
     @property
     def correction_bytes(self) -> int:
         """Bytes that a token reads for the correction; a shift of a bias is read with it."""
         shift = None if self.bias is not None else self.shift
-        return sum(t.nbytes for t in (shift, self.left, self.right) if t is not None)
+        terms = (shift, self.left, self.right, self.center)
+        return sum(term.nbytes for term in terms if term is not None)
 
     def _layer(self) -> LayerSpec:
         storage = self.storage
@@ -194,11 +198,15 @@ class SparseLinear(nn.Linear):
         """x [..., S, K] with the inactive channels of tokens from ``start`` on set to zero."""
         if start >= sequence_length(x):
             return x
-        tokens = x if start == 0 else x[..., start:, :]
+        tokens = self._centered(x if start == 0 else x[..., start:, :])
         with torch.no_grad():  # the mask is a constant of the gradient
             scale = self._observed_scale(tokens)
         masked = mask_inputs(tokens, self.threshold, scale)
         return masked if start == 0 else torch.cat([x[..., :start, :], masked], dim=-2)
+
+    def _centered(self, x: Tensor) -> Tensor:
+        """Hidden states [..., K] as sparse products read them."""
+        return x if self.center is None else x - self.center
 
     def chosen(self, x: Tensor) -> Tensor:
         """x [..., S, K] with the inactive channels of all sparse tokens set to zero."""
@@ -220,6 +228,8 @@ class SparseLinear(nn.Linear):
 
     def _masked_where(self, x: Tensor, sparse: Tensor) -> Tensor:
         """x [..., S, K] masked at the tokens where ``sparse`` [..., S] is True."""
+        if self.center is not None:
+            x = x - self.center * sparse.unsqueeze(-1)
         with torch.no_grad():
             scale = self.scale(x)
             if self.control.observer is not None:
@@ -248,6 +258,7 @@ class SparseLinear(nn.Linear):
         return y + F.linear(F.linear(dropped, self.right), self.left)
 
     def _sparse(self, x: Tensor) -> Tensor:
+        x = self._centered(x)
         scale = self._observed_scale(x)
         y = self._kernel(x, scale)
         if self.left is None:

@@ -114,6 +114,14 @@ METHODS.register("r-sparse")(
         correction="weight-svd:share=0.025",
     )
 )
+METHODS.register("scap")(
+    Method(
+        "magnitude",
+        "uniform",
+        "|x − μ|, μ the mode of a projection's inputs, arXiv 2412.07174",
+        correction="mode",
+    )
+)
 METHODS.register("was")(
     Method("l1-norm", "growing", "|x|·‖W‖₁, block budgets growing with depth, EMNLP 2025 main 57")
 )

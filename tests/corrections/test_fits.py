@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from wina.corrections import Bias, LowRank, Products, SparseFit, Terms, WeightSVD
+from wina.corrections import Bias, LowRank, Mode, Products, SparseFit, Terms, WeightSVD
 
 
 def test_bias_is_the_weighted_mean_of_what_is_dropped() -> None:
@@ -27,6 +27,18 @@ def test_sparse_fit_is_the_mean_of_what_is_missing() -> None:
     found = fit.terms(torch.randn(7, 5)).bias
     assert found is not None
     torch.testing.assert_close(found.double(), missing.double().mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_the_mode_is_where_inputs_gather() -> None:
+    x = torch.cat([torch.randn(4000, 6) * 0.05 - 0.3, torch.randn(1000, 6) * 2.0 + 1.0])
+    assert abs(Mode().mode(x) + 0.3) < 0.05
+    assert Mode().mode(torch.full((4, 6), 2.5)) == 2.5
+    weight = torch.randn(7, 6)
+    fit = Mode().fit()
+    center = fit.center(x)
+    terms = fit.terms(weight)
+    assert center is terms.center
+    torch.testing.assert_close(terms.bias, weight @ center)
 
 
 def product(terms: Terms, x: torch.Tensor) -> torch.Tensor:

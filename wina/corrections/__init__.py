@@ -14,6 +14,7 @@ from wina.corrections.base import (
 )
 from wina.corrections.bias import Bias
 from wina.corrections.low_rank import LowRank, WeightSVD
+from wina.corrections.mode import Mode
 from wina.corrections.sparse_fit import SparseFit
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Correction",
     "Fit",
     "LowRank",
+    "Mode",
     "Products",
     "SparseFit",
     "Terms",

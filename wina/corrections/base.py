@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +19,20 @@ from wina.registry import Registry
 class Terms:
     """What is added to a sparse product of x: bias + left·right·(the dropped channels of x).
 
+    With a center the sparse product is that of x − center: a channel is kept where it is far from
+    it, and a dropped one counts as the center, whose product is in the bias.
+
     Attributes:
         bias: [N] float32 or None.
         left: [N, r] float32, None if there is no such term.
         right: [r, K] float32, None likewise.
+        center: [K] float32 or None; not beside ``left``.
     """
 
     bias: Tensor | None = None
     left: Tensor | None = None
     right: Tensor | None = None
+    center: Tensor | None = None
 
     def of(self, dropped: Tensor) -> Tensor | float:
         """What is added for tokens with these dropped channels [..., K]: [..., N], [N] or 0."""
@@ -47,21 +52,26 @@ class Terms:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that there are, by the names of the attributes."""
-        named = {"bias": self.bias, "left": self.left, "right": self.right}
+        named = {
+            "bias": self.bias, "left": self.left, "right": self.right, "center": self.center
+        }  # fmt: skip
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @classmethod
     def stored(cls, tensors: Mapping[str, Tensor], prefix: str) -> Terms:
         """The terms among named tensors whose names begin with ``prefix``."""
-        return cls(**{key: tensors.get(prefix + key) for key in ("bias", "left", "right")})
+        return cls(**{field.name: tensors.get(prefix + field.name) for field in fields(cls)})
 
     def check(self, name: str, in_features: int, out_features: int) -> None:
         """Raise :class:`PlanError` unless shapes and dtypes fit a projection [N, K]."""
         if (self.left is None) != (self.right is None):
             raise PlanError(f"{name}: a low-rank correction has two factors, left and right")
+        if self.center is not None and self.left is not None:
+            raise PlanError(f"{name}: a correction has a center or factors, not both")
         rank = 0 if self.right is None else self.right.shape[0]
         shapes = {
-            "bias": (out_features,), "left": (out_features, rank), "right": (rank, in_features)
+            "bias": (out_features,), "left": (out_features, rank), "right": (rank, in_features),
+            "center": (in_features,),
         }  # fmt: skip
         for key, tensor in self.tensors().items():
             if tuple(tensor.shape) != shapes[key]:
@@ -88,6 +98,14 @@ class Products:
 
 class Fit(ABC):
     """The correction of one projection while it is calibrated."""
+
+    def center(self, x: Tensor) -> Tensor | None:
+        """What inputs are compared with, [K] float32; None for zero.
+
+        Args:
+            x: calibration tokens [T, K], the first ones that the projection gets.
+        """
+        return None
 
     @abstractmethod
     def add(self, products: Products) -> None:

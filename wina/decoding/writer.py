@@ -272,8 +272,8 @@ class _Writer:
 
     def _bias(self, linear: SparseLinear) -> Tensor | None:
         """The bias of a sparse product: a correction's shift is in it, and not in its stand-in."""
-        if linear.left is not None:
-            raise UnrecognisedError("no instruction for a low-rank correction")
+        if not linear.one_launch:
+            raise UnrecognisedError("no instruction for a low-rank correction or a center")
         bias, shifted = _bias(linear), linear.sparse_bias
         if shifted is None:
             return bias
