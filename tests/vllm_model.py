@@ -122,6 +122,7 @@ def first_differences(theirs: Seen, ours: Seen) -> Tensor:
     for name, steps in theirs.items():
         x, our_x = (torch.cat([x for x, _ in found]) for found in (steps, ours[name]))
         threshold = steps[0][1]
+        assert torch.equal(threshold, ours[name][0][1])
         differs = keep_mask(x, threshold) != keep_mask(our_x, threshold)
         if differs.any():
             return (x.abs() / threshold - 1).abs()[differs]
