@@ -88,7 +88,7 @@ def scored(
     """Log-probabilities of a prompt's tokens from the second on, prompts masked, and what was.
 
     In our patched transformers model; with ``masks`` in transformers' dense one, whose projections
-    read what those masks leave of their inputs.
+    read what those masks leave of their inputs, and add the plan's constants.
     """
     from transformers import AutoModelForCausalLM
 
@@ -96,16 +96,21 @@ def scored(
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     wina.restore(model)
     recorder = Recorder()
+    plan = wina.SparsityPlan.load(folder / "wina")
     if masks is None:
-        wina.sparsify(model, wina.SparsityPlan.load(folder / "wina"), prefill="all")
+        wina.sparsify(model, plan, prefill="all")
         patch_of(model).control.observer = recorder.of_transformers
     for name, steps in (masks or {}).items():
         x, threshold = (torch.cat([x for x, _ in steps]), steps[0][1])
         keep = torch.ones(len(prompt), x.shape[-1])
         keep[-len(x) :] = keep_mask(x, threshold)
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, keep=keep: (inputs[0] * keep,)
-        )
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(lambda _, inputs, keep=keep: (inputs[0] * keep,))
+        constant = plan.layers[name].terms.bias
+        if constant is not None:
+            added = torch.zeros(len(prompt), len(constant))
+            added[-len(x) :] = constant
+            module.register_forward_hook(lambda _, __, y, added=added: y + added)
     ids = torch.tensor([prompt])
     with torch.inference_mode():
         found = model(input_ids=ids).logits[0, :-1].log_softmax(-1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wina import restore, rotate, sparsify, unrotate
 from wina.errors import ConfigError, PatchStateError, UnsupportedModelError
-from wina.rotation import rotation_elements, rotation_of
+from wina.rotation import apply, rotation_elements, rotation_of
 from wina.rotation.norms import RotatedNorm, rms_offset
 from wina.rotation.reads import find_reads
 from wina.testing import TINY, random_tokens, tiny_model
@@ -141,6 +141,17 @@ def test_norms_are_recognised_by_what_they_compute(
 def test_parallel_blocks_share_one_hidden_state() -> None:
     reads = find_reads(tiny_model("cohere")).blocks
     assert [len(read.projections) for read in reads] == [5, 5]
+
+
+def test_a_model_that_16_bits_would_change_is_told_to_take_32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(apply._TOLERANCE, torch.bfloat16, 1e-6)
+    model = tiny_model("llama").to(torch.bfloat16)
+    before = logits(model, IDS)
+    with pytest.raises(UnsupportedModelError, match="load it in float32"):
+        turned(model, "orthogonal")
+    assert torch.equal(logits(model, IDS), before)
 
 
 def test_a_norm_that_something_else_reads_is_noticed() -> None:

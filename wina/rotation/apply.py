@@ -329,9 +329,16 @@ def _check_function(before: Tensor, after: Tensor, model: nn.Module) -> None:
     change = float((after - before).norm() / before.norm())
     allowed = _TOLERANCE[next(model.parameters()).dtype]
     if not change <= allowed:
+        dtype = next(model.parameters()).dtype
+        why = (
+            f"{str(dtype).removeprefix('torch.')} rounds the rotated weights once more, which this "
+            "model does not bear (load it in float32), or something"
+            if dtype.itemsize < 4
+            else "something"
+        )
         raise UnsupportedModelError(
             f"the rotated {type(model).__name__} computes something else (logits moved by "
-            f"{change:.2g}): something besides projections reads a norm's output. It was undone."
+            f"{change:.2g}): {why} besides projections reads a norm's output. It was undone."
         )
 
 
