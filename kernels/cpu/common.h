@@ -51,8 +51,8 @@ constexpr int64_t kLine = 64;  // bytes of a cache line
 
 // The rows that at least one token keeps, in ascending order.
 struct KeptRows {
-  std::vector<int32_t> index;  // count entries and a repeat, which may be prefetched
-  std::vector<float> coef;     // [count][tokens], 0 where a token drops the row
+  std::vector<int32_t> index;  // count entries and a repeat, which may be prefetched; and room
+  std::vector<float> coef;     // [count][tokens], 0 where a token drops the row; and room
   int64_t count = 0;
 };
 
@@ -62,6 +62,66 @@ inline float cutoff(float threshold, float scale) {
   return t > FLT_MAX ? FLT_MAX : t;
 }
 
+constexpr int64_t kSelected = 16;  // entries that a list of kept rows may be written beyond its end
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+inline __m512 load_some(const float* p, __mmask16 which) { return _mm512_maskz_loadu_ps(which, p); }
+inline __m512 load_some(const at::BFloat16* p, __mmask16 which) {
+  const __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+inline __m512 load_some(const at::Half* p, __mmask16 which) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(which, p));
+}
+
+// The rows that one token keeps and their coefficients; returns how many. Both lists are written in
+// whole vectors.
+template <class T>
+int64_t select_of_one_token(const T* x, int64_t K, const float* threshold, float scale,
+                            int32_t* index, float* coef) {
+  const __m512 largest = _mm512_set1_ps(FLT_MAX), factor = _mm512_set1_ps(scale);
+  __m512i at = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  int64_t count = 0;
+  for (int64_t first = 0; first < K; first += 16) {
+    const auto there = static_cast<__mmask16>(K - first < 16 ? (1u << (K - first)) - 1 : 0xffffu);
+    const __m512 wide = load_some(x + first, there);
+    // The minimum is its second operand if that is a NaN; a comparison with a NaN keeps.
+    const __m512 cut = _mm512_min_ps(
+        largest, _mm512_mul_ps(_mm512_maskz_loadu_ps(there, threshold + first), factor));
+    const __mmask16 keep =
+        _mm512_mask_cmp_ps_mask(there, _mm512_abs_ps(wide), cut, _CMP_NLE_UQ);
+    _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(keep, at));
+    _mm512_storeu_ps(coef + count, _mm512_maskz_compress_ps(keep, wide));
+    count += __builtin_popcount(keep);
+    at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
+  }
+  return count;
+}
+#else
+// The same in blocks: first what is done in vectors, then, branch-free, a list: always write,
+// advance only when kept.
+template <class T>
+int64_t select_of_one_token(const T* x, int64_t K, const float* threshold, float scale,
+                            int32_t* index, float* coef) {
+  constexpr int64_t block = 128;
+  float wide[block];
+  int32_t keep[block];
+  int64_t count = 0;
+  for (int64_t first = 0; first < K; first += block) {
+    const int64_t n = std::min(block, K - first);
+    for (int64_t i = 0; i < n; ++i) wide[i] = static_cast<float>(x[first + i]);
+    for (int64_t i = 0; i < n; ++i)
+      keep[i] = !(std::fabs(wide[i]) <= cutoff(threshold[first + i], scale));
+    for (int64_t i = 0; i < n; ++i) {
+      index[count] = static_cast<int32_t>(first + i);
+      coef[count] = wide[i];
+      count += keep[i];
+    }
+  }
+  return count;
+}
+#endif
+
 template <class T>
 void select_rows(KeptRows& rows, const T* x, int64_t K, int tokens, const float* threshold,
                  const float* scale) {
@@ -69,29 +129,13 @@ void select_rows(KeptRows& rows, const T* x, int64_t K, int tokens, const float*
   const auto grow = [](auto& v, int64_t n) {
     if (static_cast<int64_t>(v.size()) < n) v.resize(n);
   };
-  grow(rows.index, K + 1);
-  grow(rows.coef, (K + 1) * tokens);
+  grow(rows.index, K + kSelected);
+  grow(rows.coef, K * tokens + kSelected);
   int32_t* index = rows.index.data();
   float* coef = rows.coef.data();
   int64_t count = 0;
   if (tokens == 1) {
-    // In blocks: first what is done in vectors, then, branch-free, a list: always write, advance
-    // only when kept.
-    const float s = scale ? scale[0] : 1.0f;
-    constexpr int64_t block = 128;
-    float wide[block];
-    int32_t keep[block];
-    for (int64_t first = 0; first < K; first += block) {
-      const int64_t n = std::min(block, K - first);
-      for (int64_t i = 0; i < n; ++i) wide[i] = static_cast<float>(x[first + i]);
-      for (int64_t i = 0; i < n; ++i)
-        keep[i] = !(std::fabs(wide[i]) <= cutoff(threshold[first + i], s));
-      for (int64_t i = 0; i < n; ++i) {
-        index[count] = static_cast<int32_t>(first + i);
-        coef[count] = wide[i];
-        count += keep[i];
-      }
-    }
+    count = select_of_one_token(x, K, threshold, scale ? scale[0] : 1.0f, index, coef);
   } else {
     for (int64_t j = 0; j < K; ++j) {
       float* c = coef + count * tokens;

@@ -107,18 +107,20 @@ void for_columns(int64_t N, int64_t bytes_per_column, const F& f) {
   });
 }
 
-// acc[0 .. width) = columns [first, first + width) of token t, in column order.
+// acc[0 .. width) = columns [first, first + width) of token t, in column order; acc has room for kTile.
 template <class Weight>
 void add_parts(const Product<Weight>& p, int tokens, int t, int64_t first, int64_t width,
                float* acc) {
   const float* sums = p.sums + t * p.stride() + first;
   const int64_t step = tokens * p.stride();
-  for (int64_t n = 0; n < width; ++n) {
+  // Whole units, whose columns may be out of order; there is room for them.
+  const int64_t whole = (width + Weight::kUnit - 1) / Weight::kUnit * Weight::kUnit;
+  for (int64_t n = 0; n < whole; ++n) {
     float s = sums[n];
     for (int64_t part = 1; part < kParts; ++part) s += sums[part * step + n];
     acc[n] = s;
   }
-  Weight::reorder(acc, first, width, p.weight.columns);
+  p.weight.reorder(acc, first, width);
 }
 
 // y[t][n] of one product, T its type: the sums, bias and residual, rounded once.

@@ -6,8 +6,8 @@
 // boundaries and a column adds up in the same order whatever their number: results are
 // bit-identical.
 
-#include "integers.h"
 #include "parts.h"
+#include "rounded.h"
 
 namespace wina {
 namespace {
@@ -112,66 +112,144 @@ struct IntegerWeight {
   const int8_t* data;
   const at::BFloat16* scales;
   int64_t columns, row_bytes, row_scales;
+  bool rounds;  // inputs to 16 bits: those of one token that have no more than 8 to begin with
 
   // sums[t][n] = the product of a part of the kept rows with some groups of columns.
   void accumulate(const KeptRows& rows, const Part& part, int tokens, int64_t first, int64_t groups,
                   float* sums, int64_t stride) const {
+#if defined(WINA_ROUNDED)
+    if (rounds) return accumulate_rounded(rows, part, first, groups, sums);
+#endif
     for (int t = 0; t < tokens; ++t) std::fill_n(sums + t * stride, groups * kColumns, 0.0f);
-    const auto add_rows = [&](int64_t at, int64_t step, int used) {
-      int64_t place[kGroup];
-      const int8_t *from[kGroup], *next[kGroup];
-      const at::BFloat16* scale[kGroup];
-      for (int r = 0; r < kGroup; ++r) {
-        // Rows past the last repeat it, with a coefficient of 0.
-        place[r] = at + std::min(r, used - 1) * step;
-        const int64_t row = rows.index[place[r]], after = rows.index[place[r] + 1];
-        from[r] = data + row * row_bytes + first * Format::kBytes;
-        next[r] = data + after * row_bytes + first * Format::kBytes;
-        scale[r] = scales + row * row_scales + first;
-        __builtin_prefetch(scales + after * row_scales + first, 0, 3);
-      }
+    for_blocks(rows, part, first, [&](Block& block) {
       for (int64_t g = 0; g < groups; ++g) {
-        const int64_t bytes =
-            std::min(Format::kBytes, row_bytes - (first + g) * Format::kBytes);
+        const int64_t bytes = bytes_of(first + g);
+        block.prefetch(g * Format::kBytes, bytes);
         float scale_of[kGroup];
-        for (int r = 0; r < kGroup; ++r) {
-          for (int64_t b = 0; b < bytes; b += kLine)
-            __builtin_prefetch(next[r] + g * Format::kBytes + b, 0, 3);
-          scale_of[r] = r < used ? static_cast<float>(scale[r][g]) : 0.0f;
-        }
+        for (int r = 0; r < kGroup; ++r) scale_of[r] = static_cast<float>(block.scale[r][g]);
         for (int t0 = 0; t0 < tokens; t0 += kTokens) {
           const int count = std::min(kTokens, tokens - t0);
           float c[kTokens][kGroup];
           for (int t = 0; t < count; ++t)
             for (int r = 0; r < kGroup; ++r)
-              c[t][r] = r < used ? rows.coef[place[r] * tokens + t0 + t] * scale_of[r] : 0.0f;
+              c[t][r] = r < block.used
+                  ? rows.coef[block.place[r] * tokens + t0 + t] * scale_of[r] : 0.0f;
           float* to = sums + t0 * stride + g * kColumns;
           switch (count) {
-            case 1: add<1>(Format{}, from, bytes, c, to, stride); break;
-            case 2: add<2>(Format{}, from, bytes, c, to, stride); break;
-            case 3: add<3>(Format{}, from, bytes, c, to, stride); break;
-            default: add<4>(Format{}, from, bytes, c, to, stride); break;
+            case 1: add<1>(Format{}, block.row, bytes, c, to, stride); break;
+            case 2: add<2>(Format{}, block.row, bytes, c, to, stride); break;
+            case 3: add<3>(Format{}, block.row, bytes, c, to, stride); break;
+            default: add<4>(Format{}, block.row, bytes, c, to, stride); break;
           }
         }
-        for (int r = 0; r < kGroup; ++r) from[r] += Format::kBytes;
+        block.advance();
       }
-    };
-    for (int64_t i = 0; i < part.length; ++i) add_rows(part.first + i, part.length, kGroup);
-    if (part.tail_rows) add_rows(part.tail, 1, static_cast<int>(part.tail_rows));
+    });
   }
 
   // Columns [first, first + width) as accumulate() leaves them, for `first` at a group.
-  static void reorder(float* sums, int64_t, int64_t width, int64_t) {
+  void reorder(float* sums, int64_t, int64_t width) const {
+#if defined(WINA_ROUNDED)
+    if (rounds) return in_column_order(Format{}, sums, width);
+#endif
     scale_down(Format{}, sums, width);
   }
+
+ private:
+  // kGroup kept rows at a group of columns, and those that are likely to be read next. Rows past
+  // the last repeat it; their coefficients are to be 0.
+  struct Block {
+    int64_t place[kGroup];  // in the list
+    const int8_t *row[kGroup], *next[kGroup];
+    const at::BFloat16* scale[kGroup];  // at the first group
+    int used;
+
+    void prefetch(int64_t from, int64_t bytes) const {
+#pragma GCC unroll 8
+      for (int r = 0; r < kGroup; ++r)
+        for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(next[r] + from + b, 0, 3);
+    }
+    void advance() {
+      for (int r = 0; r < kGroup; ++r) row[r] += Format::kBytes;
+    }
+  };
+
+  // The last group of 8-bit columns may end at half of its bytes.
+  int64_t bytes_of(int64_t group) const {
+    return std::min(Format::kBytes, row_bytes - group * Format::kBytes);
+  }
+
+  // Calls f(block) for all rows of a part, at the group `first`.
+  template <class F>
+  void for_blocks(const KeptRows& rows, const Part& part, int64_t first, const F& f) const {
+    const auto call = [&](int64_t at, int64_t step, int used, int64_t next, int64_t next_step) {
+      Block block;
+      block.used = used;
+      for (int r = 0; r < kGroup; ++r) {
+        block.place[r] = at + std::min(r, used - 1) * step;
+        const int64_t row = rows.index[block.place[r]];
+        const int64_t after = rows.index[std::min(next + r * next_step, rows.count)];
+        block.row[r] = data + row * row_bytes + first * Format::kBytes;
+        block.next[r] = data + after * row_bytes + first * Format::kBytes;
+        block.scale[r] = scales + row * row_scales + first;
+        __builtin_prefetch(scales + after * row_scales + first, 0, 3);
+      }
+      f(block);
+    };
+    for (int64_t i = 0; i + 1 < part.length; ++i)
+      call(part.first + i, part.length, kGroup, part.first + i + 1, part.length);
+    if (part.length > 0)
+      call(part.first + part.length - 1, part.length, kGroup, part.after, part.after_step);
+    if (part.tail_rows) call(part.tail, 1, static_cast<int>(part.tail_rows), part.tail, 1);
+  }
+
+#if defined(WINA_ROUNDED)
+  // accumulate() of one token, in integers (rounded.h).
+  void accumulate_rounded(const KeptRows& rows, const Part& part, int64_t first, int64_t groups,
+                          float* sums) const {
+    alignas(kLine) static constexpr float zeros[kColumns] = {};
+    bool begun = false;
+    for_blocks(rows, part, first, [&](Block& block) {
+      float x[kGroup];
+      for (int r = 0; r < kGroup; ++r)
+        x[r] = r < block.used ? rows.coef[block.place[r]] : 0.0f;
+      for (int64_t g0 = 0; g0 < groups; g0 += kWide) {
+        const int64_t count = std::min<int64_t>(kWide, groups - g0);
+        const at::BFloat16* scale[kGroup];
+        for (int r = 0; r < kGroup; ++r) scale[r] = block.scale[r] + g0;
+        Rounded in;
+        const bool rounded = round_inputs(x, scale, count, in);
+        for (int lane = 0; lane < count; ++lane) {
+          const int64_t g = g0 + lane, bytes = bytes_of(first + g);
+          float* to = sums + g * kColumns;
+          const float* before = begun ? to : zeros;
+          const int64_t from = g * Format::kBytes;
+          block.prefetch(from, bytes);
+          if (rounded) {
+            add_rounded(Format{}, block.row, from, bytes, in, lane, before, to);
+          } else {
+            float c[kGroup];
+            for (int r = 0; r < kGroup; ++r)
+              c[r] = r < block.used ? x[r] * static_cast<float>(scale[r][lane]) : 0.0f;
+            add_exactly(Format{}, block.row, from, bytes, c, before, to);
+          }
+        }
+      }
+      begun = true;
+    });
+    if (!begun) std::fill_n(sums, groups * kColumns, 0.0f);
+  }
+#endif
 };
 
 template <class Format, class T>
-Product<IntegerWeight<Format>> product(Lists<T>& lists, const Quantized& q, int64_t first_token) {
+Product<IntegerWeight<Format>> product(Lists<T>& lists, const Quantized& q, int64_t first_token,
+                                       int tokens) {
   const float* scale = data_or_null(q.scale);
   const IntegerWeight<Format> weight{q.packed.const_data_ptr<int8_t>(),
                                      q.scales.const_data_ptr<at::BFloat16>(), q.columns,
-                                     q.packed.size(1), q.scales.size(1)};
+                                     q.packed.size(1), q.scales.size(1),
+                                     kRounded && tokens == 1 && std::is_same_v<T, at::BFloat16>};
   return {lists.of(q.threshold.const_data_ptr<float>(), scale ? scale + first_token : nullptr),
           weight, q.groups()};
 }
@@ -185,7 +263,7 @@ void linear_fast(const Tensor& x, int64_t all_tokens, const Quantized& q, const 
     Lists<T> lists(x.const_data_ptr<T>() + first * K, K, tokens);
     with_format(q.bits, [&](auto format) {
       using Format = decltype(format);
-      std::vector<Product<IntegerWeight<Format>>> products{product<Format>(lists, q, first)};
+      std::vector<Product<IntegerWeight<Format>>> products{product<Format>(lists, q, first, tokens)};
       compute(products, tokens);
       finish<T>(products[0], tokens, q.bias, stream ? stream + first * N : nullptr,
                 y.mutable_data_ptr<T>() + first * N);
@@ -201,8 +279,8 @@ void gate_up_fast(const Tensor& x, int64_t all_tokens, const Quantized& gate, co
     Lists<T> lists(x.const_data_ptr<T>() + first * K, K, tokens);
     with_format(gate.bits, [&](auto format) {
       using Format = decltype(format);
-      std::vector<Product<IntegerWeight<Format>>> products{product<Format>(lists, gate, first),
-                                                           product<Format>(lists, up, first)};
+      std::vector<Product<IntegerWeight<Format>>> products{product<Format>(lists, gate, first, tokens),
+                                                           product<Format>(lists, up, first, tokens)};
       compute(products, tokens);
       finish_gated<T>(products[0], products[1], tokens, activation, gate.bias, up.bias,
                       h.mutable_data_ptr<T>() + first * N);

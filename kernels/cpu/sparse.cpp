@@ -143,7 +143,7 @@ struct FloatWeight {
   }
 
   // Columns [first, first + width) as accumulate() leaves them, in column order.
-  static void reorder(float* acc, int64_t first, int64_t width, int64_t columns) {
+  void reorder(float* acc, int64_t first, int64_t width) const {
     in_column_order<T>(acc, std::min(width, columns / kStep * kStep - first));
   }
 };
