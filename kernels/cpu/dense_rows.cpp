@@ -402,13 +402,13 @@ Tensor dense_linear_rows_quantized(const Tensor& x, const Tensor& packed, const 
   const Packed q = check_packed(op, "", N, packed, scales, K, bits);
   const Tensor added = check_bias(op, x, N, bias);
   Tensor y = output(x, N);
-  const Tensor in = x.contiguous().view({tokens, K});
+  const Tensor in = x.contiguous();
   if (!fast(x, tokens, N) || (bits == Int4::kBits && !all_finite(in))) {
     fill_blocks(y, tokens, kDequantizedRows, [&](at::ScalarType dtype, int64_t first, int64_t n) {
       const Tensor w = dequantized(q, first, n, 0, q.groups()).narrow(1, 0, K).to(dtype);
       OptionalTensor part;
       if (added.defined()) part = added.narrow(0, first, n).to(dtype);
-      return at::linear(in.to(dtype), w, part);
+      return at::linear(in.view({tokens, K}).to(dtype), w, part);
     });
     return y;
   }

@@ -257,7 +257,7 @@ Product<IntegerWeight<Format>> product(Lists<T>& lists, const Quantized& q, int6
 template <class T>
 void linear_fast(const Tensor& x, int64_t all_tokens, const Quantized& q, const Tensor& residual,
                  Tensor& y) {
-  const int64_t K = x.size(1), N = q.columns;
+  const int64_t K = x.size(-1), N = q.columns;
   const T* stream = residual.defined() ? residual.const_data_ptr<T>() : nullptr;
   for_passes(all_tokens, [&](int64_t first, int tokens) {
     Lists<T> lists(x.const_data_ptr<T>() + first * K, K, tokens);
@@ -274,7 +274,7 @@ void linear_fast(const Tensor& x, int64_t all_tokens, const Quantized& q, const 
 template <class T>
 void gate_up_fast(const Tensor& x, int64_t all_tokens, const Quantized& gate, const Quantized& up,
                   Activation activation, Tensor& h) {
-  const int64_t K = x.size(1), N = gate.columns;
+  const int64_t K = x.size(-1), N = gate.columns;
   for_passes(all_tokens, [&](int64_t first, int tokens) {
     Lists<T> lists(x.const_data_ptr<T>() + first * K, K, tokens);
     with_format(gate.bits, [&](auto format) {
@@ -332,7 +332,7 @@ Tensor sparse_linear_quantized(const Tensor& x, const Tensor& packed, const Tens
     });
     return y;
   }
-  const Tensor in = x.reshape({tokens, K}).contiguous();
+  const Tensor in = x.contiguous();
   switch (x.scalar_type()) {
     case at::kBFloat16: linear_fast<at::BFloat16>(in, tokens, q, stream, y); break;
     case at::kHalf: linear_fast<at::Half>(in, tokens, q, stream, y); break;
@@ -368,7 +368,7 @@ Tensor sparse_gate_up_quantized(const Tensor& x, const Tensor& gate, const Tenso
     });
     return h;
   }
-  const Tensor in = x.reshape({tokens, K}).contiguous();
+  const Tensor in = x.contiguous();
   switch (x.scalar_type()) {
     case at::kBFloat16: gate_up_fast<at::BFloat16>(in, tokens, g, u, activation, h); break;
     case at::kHalf: gate_up_fast<at::Half>(in, tokens, g, u, activation, h); break;
