@@ -81,7 +81,6 @@ class Comparison:
         dense: what is known of the dense model.
 
     Attributes:
-        tokens: predictions compared so far.
         seconds: what comparing cost on top of the sparse model's own run.
     """
 
@@ -137,19 +136,6 @@ class Comparison:
             realised=self._counter.mean,
             by_projection=dict(self._counter.by_projection),
         )
-
-
-def agreement(model: nn.Module, texts: Sequence[Sequence[int]], tokens: int) -> Agreement:
-    """Compare a sparsified model with itself made dense, on the first ``tokens`` of the texts.
-
-    Args:
-        model: sparsified; its prefill protocol says which tokens of a text are sparse.
-        texts: token ids, each text a sequence of its own; the last one used may be cut.
-        tokens: upper bound of the tokens to read.
-    """
-    comparison = Comparison(model, tokens)
-    comparison.read(texts)
-    return comparison.result()
 
 
 def _logits(model: nn.Module, batch: Tensor) -> Tensor:

@@ -126,8 +126,10 @@ def _rounded_up(weight: Tensor) -> Iterator[None]:
     before = weight.detach().clone()
     with torch.no_grad():
         weight.copy_(before.nextafter(torch.full_like(before, torch.inf)))
-        yield
-        weight.copy_(before)
+        try:
+            yield
+        finally:
+            weight.copy_(before)
 
 
 def _scores(results: Mapping[str, Any]) -> list[float]:

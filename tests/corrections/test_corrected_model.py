@@ -136,8 +136,9 @@ def test_corrections_follow_a_cast(llama: nn.Module) -> None:
         assert module(torch.randn(1, 1, module.in_features, dtype=torch.bfloat16)).isfinite().all()
 
 
-def test_a_plan_keeps_its_corrections(llama: nn.Module, tmp_path: Path) -> None:
-    plan = corrected(llama, "both")
+@pytest.mark.parametrize("terms", list(TERMS))
+def test_a_plan_keeps_its_corrections(llama: nn.Module, tmp_path: Path, terms: str) -> None:
+    plan = corrected(llama, terms)
     loaded = SparsityPlan.load(plan.save(tmp_path))
     for name, layer in plan.layers.items():
         for key, tensor in layer.terms.tensors().items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 
 import wina
 from wina.errors import ConfigError, WinaError
-from wina.eval.agreement import Comparison, DenseLogits, agreement
+from wina.eval.agreement import Agreement, Comparison, DenseLogits
 from wina.eval.generation import GenerationTask, same_prefix
 from wina.eval.measurement import Settings, mean_metric
 from wina.eval.needle import DEPTHS, NeedleTask
@@ -76,6 +77,12 @@ def test_perplexity_task(llama: nn.Module, tmp_path: Path) -> None:
     assert len(short.rows["nats"]) == len(short.texts) == 2
     assert short.metrics["nats"].value == pytest.approx(sum(short.rows["nats"]) / 2)
     assert task.identity() != PerplexityTask("heldout").identity()
+
+
+def agreement(model: nn.Module, texts: Sequence[Sequence[int]], tokens: int) -> Agreement:
+    comparison = Comparison(model, tokens)
+    comparison.read(texts)
+    return comparison.result()
 
 
 @pytest.fixture(scope="module")

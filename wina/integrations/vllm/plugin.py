@@ -216,7 +216,9 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         rows = [self._threshold(*pair, layer) for pair in zip(self._parts, blocks, strict=True)]
         layer.register_buffer("wina_thresholds", torch.stack(rows), persistent=False)
         shifts = [self._shift(*pair, layer) for pair in zip(self._parts, splits, strict=True)]
-        constant = torch.cat(shifts) if any(bool(shift.any()) for shift in shifts) else None
+        # In the dtype of the products now, not at every step.
+        shifted = any(bool(shift.any()) for shift in shifts)
+        constant = torch.cat(shifts).to(weight.dtype) if shifted else None
         layer.register_buffer("wina_shift", constant, persistent=False)
         layer.wina_splits = splits
         replace_parameter(layer, "weight", pack(weight, splits))

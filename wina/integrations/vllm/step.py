@@ -62,7 +62,7 @@ def merged_product(
         thresholds: [S, K] float32, one row for each part, see
             :func:`wina.kernels.reference.keep_mask`.
         bias: [N] or None.
-        shift: [N] float32 that sparse rows get in addition, or None.
+        shift: [N] that sparse rows get in addition, in the dtype of x, or None.
         splits: N_i of the S parts.
         rows: which rows are sparse.
 
@@ -76,7 +76,7 @@ def merged_product(
         return y
     backend = _backend(x.device, x.dtype)
     if rows and shift is not None:
-        bias = (shift if bias is None else bias.float() + shift).to(x.dtype)
+        bias = shift if bias is None else bias + shift
     biases = [None] * len(splits) if bias is None else list(bias.split(splits))
     parts = [
         backend.sparse_linear(x, block, threshold, part)
