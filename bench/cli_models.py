@@ -213,15 +213,10 @@ def profile_command(
     trust_remote_code: Trust = False,
 ) -> None:
     """Where a decoded token's time goes: products, attention, norms, Python; a stacked bar each."""
-    import torch
-
-    from wina.api import sparsify
-    from wina.bench.decode import calibration_texts, prompts_for, random_model
+    from wina.bench.decode import prompts_for, random_model
     from wina.bench.machine import Neighbours
-    from wina.bench.profile import profile_decode
+    from wina.bench.profile import profile_rows
     from wina.bench.runs import document
-    from wina.config import SparsityConfig
-    from wina.patch import is_patched, restore
 
     check_subject(model, shape)
     tokenizer: Any = None
@@ -231,36 +226,11 @@ def profile_command(
         loaded, tokenizer = load_model(str(model), dtype, trust_remote_code)
     prompt = prompts_for(loaded, tokenizer, 1, context)
     neighbours = Neighbours()
-    rows: list[dict[str, Any]] = []
-    wanted_rows = [
-        (wanted, width)
-        for width in names(weight_dtypes)
-        for wanted in names(sparsities)
-        if width == "own" or wanted != "dense"
-    ]
-    for wanted, width in wanted_rows:
-        dense = wanted == "dense"
-        if is_patched(loaded):
-            restore(loaded)
-        if not dense:
-            config = SparsityConfig(
-                method=method, sparsity=numbers(wanted)[0], calibration_tokens=2048,
-                weight_dtype=None if width == "own" else width,
-            )  # fmt: skip
-            texts = None if tokenizer else calibration_texts(loaded)
-            sparsify(loaded, config, tokenizer=tokenizer, texts=texts, keep_original=True)
-        row = {
-            "engine": "wina decode",
-            "method": "dense" if dense else method,
-            "sparsity": 0.0 if dense else numbers(wanted)[0],
-            "dtype": dtype,
-            "weight_dtype": "" if width == "own" else width,
-            "context": context,
-            "threads": torch.get_num_threads(),
-            **profile_decode(loaded, prompt, new_tokens),
-        }
-        row["speedup"] = (rows[0] if rows else row)["ms_per_token"] / row["ms_per_token"]
-        rows.append(row)
+    rows = profile_rows(
+        loaded, tokenizer, prompt, new_tokens, method,
+        [None if wanted == "dense" else numbers(wanted)[0] for wanted in names(sparsities)],
+        [None if width == "own" else width for width in names(weight_dtypes)],
+    )  # fmt: skip
     name = shape or Path(resolve_model(str(model))).name
     run = document(
         "profile", f"{name}, {dtype}: milliseconds of a decoded token", rows,

@@ -5,16 +5,20 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wina.api import sparsify
+from wina.bench.decode import calibration_texts
+from wina.config import SparsityConfig
 from wina.decoding.engines import Trimmed, choose_engine
 from wina.decoding.sampling import choose_token
 from wina.errors import WinaError
 from wina.kernels.program import INSTRUCTIONS
+from wina.patch import restore
 
 SPARSE, DENSE, HEAD = "sparse products", "dense products", "lm_head"
 ATTENTION, NORMS, BETWEEN, PYTHON = "attention", "norms", "between", "Python, sampling"
@@ -30,6 +34,67 @@ _KIND_OF = {
     "attend": ATTENTION,
     "rms_norm": NORMS,
 }
+
+
+# Tokens that plans are calibrated on: times depend on how many channels are kept, not on which.
+_CALIBRATION_TOKENS = 2048
+
+
+def profile_rows(
+    model: Any,
+    tokenizer: Any,
+    prompt: Tensor,
+    new_tokens: int,
+    method: str,
+    sparsities: Sequence[float | None],
+    weight_dtypes: Sequence[str | None],
+) -> list[dict[str, Any]]:
+    """A row of :func:`profile_decode` for every weight width and sparsity.
+
+    Args:
+        model: a dense causal language model, dense again afterwards.
+        tokenizer: the model's; None for random weights, which calibrate on random tokens.
+        prompt: token ids [1, S].
+        new_tokens: to time in each row.
+        method: a name of :data:`wina.methods.METHODS`.
+        sparsities: None is the model as it was loaded; it has one row only.
+        weight_dtypes: formats of the projections' weights, None for the model's own.
+
+    Returns:
+        Rows with ``speedup`` over the first of them.
+    """
+    rows: list[dict[str, Any]] = []
+    for width in weight_dtypes:
+        for sparsity in sparsities:
+            if sparsity is None and width is not None:
+                continue
+            if sparsity is not None:
+                config = SparsityConfig(
+                    method=method, sparsity=sparsity, weight_dtype=width,
+                    calibration_tokens=_CALIBRATION_TOKENS,
+                )  # fmt: skip
+                texts = None if tokenizer else calibration_texts(model)
+                sparsify(model, config, tokenizer=tokenizer, texts=texts, keep_original=True)
+            try:
+                profile = profile_decode(model, prompt, new_tokens)
+            finally:
+                if sparsity is not None:
+                    restore(model)
+            first = rows[0]["ms_per_token"] if rows else profile["ms_per_token"]
+            rows.append(
+                {
+                    "engine": "wina decode",
+                    "method": "dense" if sparsity is None else method,
+                    "sparsity": sparsity or 0.0,
+                    "dtype": str(model.dtype).removeprefix("torch."),
+                    "weight_dtype": width or "",
+                    "context": prompt.shape[1],
+                    "threads": torch.get_num_threads(),
+                    **profile,
+                    "speedup": first / profile["ms_per_token"],
+                }
+            )
+    return rows
 
 
 def profile_decode(model: nn.Module, prompt: Tensor, new_tokens: int) -> dict[str, Any]:

@@ -11,17 +11,19 @@ from typing import Annotated, Any
 import typer
 
 from wina.cli_options import (
+    CalibrationText,
     CountAs,
     Dtype,
     HeadDtype,
     Model,
+    Text,
     Trust,
     WeightDtype,
+    documents_of,
     itemsize_of,
     load_model,
     names,
     numbers,
-    read_text,
     resolve_model,
     source_note,
 )
@@ -79,9 +81,7 @@ def eval_grid(
     settings: Annotated[
         str, typer.Option("--set", help="Settings of all methods: calibration_tokens=4096,seed=1.")
     ] = "",
-    calibration: Annotated[
-        Path | None, typer.Option(help="Text file to calibrate on; default: the bundled text.")
-    ] = None,
+    calibration: CalibrationText = None,
     agreement_tokens: Annotated[
         int, typer.Option(help="Tokens of each task's text to compare with dense on; 0: none.")
     ] = 2048,
@@ -125,8 +125,7 @@ def eval_grid(
             columns, opened, protocol, chosen, agreement_tokens, model,
             {"command": " ".join(["wina", *sys.argv[1:]])},
         )  # fmt: skip
-        texts = None if calibration is None else [read_text(calibration)]
-        cells = GridRun(lm, grid, output, texts).run()
+        cells = GridRun(lm, grid, output, documents_of(calibration)).run()
     title = f"{Path(resolve_model(model)).name}: prefill {protocol}, limit {limit}"
     print_grid(title, rows_of(cells), output)
 
@@ -235,9 +234,8 @@ def eval_ppl(
     model: Model = "demo",
     methods: Annotated[str, typer.Option(help="By commas.")] = "dense,teal,wina",
     sparsities: Annotated[str, typer.Option(help="By commas.")] = "0.4,0.5,0.65",
-    text: Annotated[
-        Path | None, typer.Option(help="Text file to score; default: the bundled held-out text.")
-    ] = None,
+    text: Text = None,
+    calibration: CalibrationText = None,
     tokens: Annotated[int, typer.Option(help="Score at most this many; 0: all.")] = 0,
     window: Annotated[int, typer.Option(help="Tokens in one window.")] = 512,
     selector: Annotated[
@@ -266,7 +264,6 @@ def eval_ppl(
     from wina.eval.perplexity import compare, comparison_document, print_comparison
 
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
-    texts = None if text is None else [read_text(text)]
     title = Path(resolve_model(model)).name
 
     def save(rows: list[dict[str, Any]]) -> None:
@@ -280,7 +277,8 @@ def eval_ppl(
         tokenizer,
         names(methods),
         numbers(sparsities),
-        texts=texts,
+        texts=documents_of(text),
+        calibration=documents_of(calibration),
         tokens=tokens or None,
         window=window,
         prefill=prefill,
@@ -316,6 +314,7 @@ def eval_ablation(
     settings: Annotated[
         str, typer.Option("--set", help="Settings of all: calibration_tokens=4096,seed=1.")
     ] = "",
+    calibration: CalibrationText = None,
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -335,7 +334,7 @@ def eval_ablation(
     common = {"prefill": "all", **parse_settings(names(settings))}
     columns = columns_of(levels.labels(), numbers(sparsities), common)
     lm = _load(model, dtype, trust_remote_code, "", 1, window)
-    cells = _run_columns(lm, model, columns, names(texts), tokens, window, output)
+    cells = _run_columns(lm, model, columns, names(texts), tokens, window, output, calibration)
     rows = rows_of_ablation(cells, TokenCosts(lm.model).dense.projections)
     title = f"{Path(resolve_model(model)).name}, {tokens} tokens of {texts}"
     print_ablation(title, rows, write_ablation(output, title, rows))
@@ -361,6 +360,7 @@ def eval_frontier(
     settings: Annotated[
         str, typer.Option("--set", help="Settings of all: calibration_tokens=4096,seed=1.")
     ] = "",
+    calibration: CalibrationText = None,
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -384,7 +384,7 @@ def eval_frontier(
     common = {"prefill": "all", **parse_settings(names(settings))}
     columns = frontier_columns(names(methods), names(widths), numbers(sparsities), common)
     lm = _load(model, dtype, trust_remote_code, "", 1, window)
-    cells = _run_columns(lm, model, columns, names(texts), tokens, window, output)
+    cells = _run_columns(lm, model, columns, names(texts), tokens, window, output, calibration)
     rows = rows_of_frontier(cells, TokenCosts(lm.model, itemsize_of(count_as)))
     title = f"{Path(resolve_model(model)).name}, {tokens} tokens of {texts}"
     note = source_note(model)
@@ -399,6 +399,7 @@ def _run_columns(
     tokens: int,
     window: int,
     output: Path,
+    calibration: str | None,
 ) -> list[dict[str, Any]]:
     """Perplexity of columns on texts, as a resumable grid: all its cells."""
     from wina.eval.grid import Grid, GridRun
@@ -410,7 +411,7 @@ def _run_columns(
             columns, opened, "all", Settings(max(1, tokens // window), None, window, window),
             tokens, model, {"command": " ".join(["wina", *sys.argv[1:]])},
         )  # fmt: skip
-        return GridRun(lm, grid, output).run()
+        return GridRun(lm, grid, output, documents_of(calibration)).run()
 
 
 @app.command("report")

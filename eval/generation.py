@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from wina.errors import WinaError
-from wina.eval.agreement import Comparison
-from wina.eval.measurement import KINDS, EvalTask, Measurement, Settings, mean_metric
-from wina.eval.texts import digest, read_documents
+from wina.eval.measurement import KINDS, EvalTask, Measurement, Trial, mean_metric
+from wina.texts import digest, read_documents
 
 _WORDS = 24
 _LIMIT = 8
@@ -39,14 +38,9 @@ class GenerationTask(EvalTask):
         """A hash of the prompts."""
         return {"text": digest(self.prompts)}
 
-    def measure(
-        self,
-        lm: Any,
-        settings: Settings,
-        dense: Mapping[str, Any] | None,
-        comparison: Comparison | None = None,
-    ) -> Measurement:
+    def measure(self, trial: Trial) -> Measurement:
         """Continue every prompt, and compare with the tokens of the dense model's cell."""
+        lm, settings = trial.lm, trial.settings
         limit = _LIMIT if settings.limit is None else settings.limit
         samples: list[dict[str, Any]] = []
         texts = []
@@ -55,7 +49,7 @@ class GenerationTask(EvalTask):
             tokens = _continue(lm, ids, settings.new_tokens)
             samples.append({"prompt": prompt, "text": lm.tok_decode(tokens), "tokens": tokens})
             texts.append([*ids, *tokens])
-        reference = samples if dense is None else dense["samples"]
+        reference = samples if trial.dense is None else trial.dense["samples"]
         if len(reference) != len(samples):
             raise WinaError("the dense cell of this task has other prompts: remove it, and repeat")
         pairs = [(a["tokens"], b["tokens"]) for a, b in zip(reference, samples, strict=True)]

@@ -26,7 +26,7 @@ from wina.calibration import calibrate
 from wina.config import SparsityConfig
 from wina.errors import ConfigError, PlanError, WinaError
 from wina.eval.agreement import Comparison, DenseLogits
-from wina.eval.measurement import EvalTask, Measurement, Settings
+from wina.eval.measurement import EvalTask, Measurement, Settings, Trial
 from wina.files import read_json, remove_partial, write_atomically
 from wina.inspection import inspect
 from wina.patch import apply_plan, restore
@@ -266,7 +266,7 @@ class GridRun:
             dense_logits = self._dense_logits(column.config)
             comparison = Comparison(self.lm.model, self.grid.agreement_tokens, dense_logits)
         task = self.grid.tasks[name]
-        measured = task.measure(self.lm, self.grid.settings, dense, comparison)
+        measured = task.measure(Trial(self.lm, self.grid.settings, dense, comparison))
         cell = self._cell(column, name, measured)
         compared_s = 0.0 if comparison is None else comparison.seconds
         cell["seconds"] = round(time.perf_counter() - began - compared_s, 3)

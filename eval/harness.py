@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from wina.errors import WinaError
-from wina.eval.agreement import Comparison
 from wina.eval.local_tasks import LocalTask, check_files
-from wina.eval.measurement import EvalTask, Measurement, Metric, Settings
+from wina.eval.measurement import EvalTask, Measurement, Metric, Settings, Trial
 
 # Resamples for the standard error of metrics that are no means (perplexities). lm-eval's default,
 # 100000, takes longer than the evaluation of a small model.
@@ -55,14 +54,9 @@ class HarnessTask(EvalTask):
         """Hashes of the local files; empty for data sets that lm-eval fetches."""
         return {"files": self.files}
 
-    def measure(
-        self,
-        lm: Any,
-        settings: Settings,
-        dense: Mapping[str, Any] | None,
-        comparison: Comparison | None = None,
-    ) -> Measurement:
+    def measure(self, trial: Trial) -> Measurement:
         """Run lm-eval on the model."""
+        lm, settings = trial.lm, trial.settings
         results = evaluate(lm, self.registered, self.manager, settings)
         samples = [
             sample for name in sorted(results["samples"]) for sample in results["samples"][name]

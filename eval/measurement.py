@@ -62,6 +62,25 @@ class Settings:
     seed: int = 1234
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A model that a task measures, and how.
+
+    Attributes:
+        lm: a :class:`wina.integrations.lm_eval.WinaLM`, its model dense or patched.
+        settings: of the grid.
+        dense: the saved cell of the dense model for this task; None for the dense model.
+        comparison: of a sparse model with the dense one. A task that runs the model on its texts as
+            they stand may run them through it, which spares a second pass; a task that does not is
+            compared afterwards, on the texts of its measurement.
+    """
+
+    lm: Any
+    settings: Settings = field(default_factory=Settings)
+    dense: Mapping[str, Any] | None = None
+    comparison: Comparison | None = None
+
+
 class EvalTask(ABC):
     """Something to measure on a dense or sparsified model.
 
@@ -79,23 +98,8 @@ class EvalTask(ABC):
         """What else the result depends on, JSON-ready, such as hashes of the files read."""
 
     @abstractmethod
-    def measure(
-        self,
-        lm: Any,
-        settings: Settings,
-        dense: Mapping[str, Any] | None,
-        comparison: Comparison | None = None,
-    ) -> Measurement:
-        """Measure.
-
-        Args:
-            lm: a :class:`wina.integrations.lm_eval.WinaLM`, its model dense or patched.
-            settings: of the grid.
-            dense: the saved cell of the dense model for this task; None for the dense model.
-            comparison: of a sparse model with the dense one. A task that runs the model on its
-                texts as they stand may run them through it, which spares a second pass; a task that
-                does not is compared afterwards, on the texts of its measurement.
-        """
+    def measure(self, trial: Trial) -> Measurement:
+        """Measure a model as the trial says."""
 
 
 class Limited(EvalTask):
@@ -110,15 +114,10 @@ class Limited(EvalTask):
         """The task's, and the limit."""
         return {**self.task.identity(), "limit": self.limit}
 
-    def measure(
-        self,
-        lm: Any,
-        settings: Settings,
-        dense: Mapping[str, Any] | None,
-        comparison: Comparison | None = None,
-    ) -> Measurement:
+    def measure(self, trial: Trial) -> Measurement:
         """Measure the task on so many documents."""
-        return self.task.measure(lm, replace(settings, limit=self.limit), dense, comparison)
+        settings = replace(trial.settings, limit=self.limit)
+        return self.task.measure(replace(trial, settings=settings))
 
 
 KINDS: Registry[type[EvalTask]] = Registry("kind of task")

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from wina.errors import ConfigError
-from wina.eval.agreement import Comparison
-from wina.eval.measurement import KINDS, EvalTask, Measurement, Settings, mean_metric
+from wina.eval.measurement import KINDS, EvalTask, Measurement, Settings, Trial, mean_metric
 from wina.texts import bundled
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -42,14 +41,9 @@ class NeedleTask(EvalTask):
         """The length and the depths."""
         return {"length": self.length, "depths": list(DEPTHS)}
 
-    def measure(
-        self,
-        lm: Any,
-        settings: Settings,
-        dense: Mapping[str, Any] | None,
-        comparison: Comparison | None = None,
-    ) -> Measurement:
+    def measure(self, trial: Trial) -> Measurement:
         """Score the numbers with the texts as prompts."""
+        lm, settings = trial.lm, trial.settings
         if self.length > lm.max_length:
             raise ConfigError(
                 f"needle:{self.length} is longer than the {lm.max_length} tokens that this run "

@@ -172,6 +172,7 @@ def compare(
     methods: Sequence[str],
     sparsities: Sequence[float],
     texts: Iterable[str] | None = None,
+    calibration: Sequence[str] | None = None,
     tokens: int | None = None,
     window: int = 512,
     prefill: str = "all",
@@ -180,7 +181,7 @@ def compare(
     head_dtype: str = AUTO,
     after_row: Callable[[list[dict[str, Any]]], object] | None = None,
 ) -> list[dict[str, Any]]:
-    """Perplexity of every method at every sparsity, calibrated on the bundled text.
+    """Perplexity of every method at every sparsity, calibrated on another text.
 
     Args:
         model: a dense decoder, dense again afterwards.
@@ -188,6 +189,7 @@ def compare(
         methods: names of :data:`wina.methods.METHODS`; ``"dense"`` is always measured.
         sparsities: shares of input channels to drop.
         texts: what to score; the bundled held-out text by default.
+        calibration: what to calibrate on; the bundled calibration text by default.
         tokens: score at most this many.
         window: tokens in one window.
         prefill: which tokens of a window are sparse.
@@ -215,7 +217,7 @@ def compare(
     for config in configs:
         with rotated(model, config.rotation_spec, tokenizer, show_progress):
             sparsify(
-                model, config, tokenizer=tokenizer, keep_original=True,
+                model, config, tokenizer=tokenizer, texts=calibration, keep_original=True,
                 backend="reference" if METHODS[config.method].gate_mask else "auto",
                 measurements=measurements,
                 show_progress=show_progress,

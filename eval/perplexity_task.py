@@ -6,11 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from wina.eval.agreement import Comparison
-from wina.eval.measurement import KINDS, EvalTask, Measurement, Metric, Settings, mean_metric
+from wina.eval.measurement import KINDS, EvalTask, Measurement, Metric, Trial, mean_metric
 from wina.eval.perplexity import score_windows, strided_windows
-from wina.eval.texts import digest, read_documents
-from wina.texts import opening, token_stream
+from wina.texts import digest, opening, read_documents, token_stream
 
 
 @KINDS.register("perplexity")
@@ -30,19 +28,15 @@ class PerplexityTask(EvalTask):
         """A hash of the text."""
         return {"text": digest(self.documents)}
 
-    def measure(
-        self,
-        lm: Any,
-        settings: Settings,
-        dense: Mapping[str, Any] | None,
-        comparison: Comparison | None = None,
-    ) -> Measurement:
+    def measure(self, trial: Trial) -> Measurement:
         """Score the windows; a document here is a window."""
+        lm, settings = trial.lm, trial.settings
         stream = token_stream(self.documents, lm.tokenizer)
         begin = opening(lm.tokenizer)
         windows = strided_windows(stream, settings.window, settings.stride, begin)
         windows = windows[: settings.limit]
-        nats = score_windows(lm.model, windows, comparison.logits if comparison else None)
+        logits_of = trial.comparison.logits if trial.comparison else None
+        nats = score_windows(lm.model, windows, logits_of)
         total = sum(scored for _, scored in windows)
         mean = math.fsum(n * scored for n, (_, scored) in zip(nats, windows, strict=True)) / total
         stderr = mean_metric(nats, False).stderr

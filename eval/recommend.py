@@ -75,6 +75,7 @@ class Adviser:
         tokens: of calibration text and of held-out text.
         window: tokens in a window.
         show_progress: draw progress on stderr.
+        texts: to calibrate on; the bundled calibration text by default.
     """
 
     def __init__(
@@ -87,8 +88,10 @@ class Adviser:
         tokens: int = 2048,
         window: int = 512,
         show_progress: bool = True,
+        texts: Sequence[str] | None = None,
     ) -> None:
         self.model = model
+        self.texts = texts
         self.tokenizer = tokenizer
         self.methods = methods
         self.widths = widths
@@ -183,8 +186,9 @@ class Adviser:
 
     def _patch(self, config: SparsityConfig) -> None:
         plan = calibrate(
-            self.model, self.tokenizer, config, show_progress=False, measurements=self.measurements
-        )
+            self.model, self.tokenizer, config, self.texts, show_progress=False,
+            measurements=self.measurements,
+        )  # fmt: skip
         sparsify(self.model, plan, backend="reference", keep_original=True, show_progress=False)
 
     def _try(self, method: str, width: str, sparsity: float) -> Expectation:

@@ -77,6 +77,25 @@ def test_eval_ppl(folder: str, tmp_path: Path) -> None:
     assert all(0.4 < row["realised_bytes_sparsity"] < 0.6 for row in rows[1:])
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "ppl", "--methods", "wina", "--sparsities", "0.5", "--tokens", "512",
+         "--calibration-tokens", "512"],
+        ["recommend", "--bytes", "0.6", "--methods", "wina", "--widths", "loaded",
+         "--tokens", "512"],
+    ],
+)  # fmt: skip
+def test_calibration_text(command: list[str], folder: str, tmp_path: Path) -> None:
+    digits = tmp_path / "digits.jsonl"
+    digits.write_text("".join(json.dumps({"text": str(n) * 40}) + "\n" for n in range(300)))
+
+    def found(*more: str) -> str:
+        return invoke(*command, "--model", folder, *more).splitlines()[-1].split('"machine"')[0]
+
+    assert found() != found("--calibration", str(digits))
+
+
 def test_demo(folder: str, tmp_path: Path) -> None:
     picture = tmp_path / "demo.png"
     out = invoke("demo", "--model", folder, "--sparsities", "0.5", "--picture", str(picture))
@@ -119,6 +138,8 @@ def test_bench_decode(folder: str) -> None:
         (["demo", "--sparsities", "half"], "numbers separated by commas"),
         (["inspect", "--plan", "/nowhere"], "no plan folder"),
         (["calibrate", "out", "--text", "/nowhere"], "cannot read"),
+        (["eval", "ppl", "--calibration", "/nowhere"], "cannot read"),
+        (["recommend", "--bytes", "0.5", "--calibration", "/nowhere"], "cannot read"),
     ],
 )
 def test_errors_are_one_line(

@@ -17,6 +17,7 @@ import typer
 
 from wina.bench.cli import app as bench_app
 from wina.cli_options import (
+    CalibrationText,
     CountAs,
     Dtype,
     HeadDtype,
@@ -24,14 +25,15 @@ from wina.cli_options import (
     Method,
     Model,
     Sparsity,
+    Text,
     Trust,
     WeightDtype,
+    documents_of,
     give_rotation,
     itemsize_of,
     load_model,
     names,
     numbers,
-    read_text,
     resolve_model,
     source_note,
 )
@@ -131,7 +133,7 @@ def calibrate(
     mask: Annotated[
         str, typer.Option(help="One mask per projection, or per group.")
     ] = "projection",
-    text: Annotated[Path | None, typer.Option(help="Text file; default: the bundled one.")] = None,
+    text: Text = None,
     tokens: Annotated[int, typer.Option(help="Calibration tokens to read.")] = 8192,
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
@@ -153,7 +155,7 @@ def calibrate(
         weight_dtype=weight_dtype,
     )
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
-    texts = None if text is None else [read_text(text)]
+    texts = documents_of(text)
     give_rotation(loaded, config.rotation_spec, tokenizer)
     plan = wina.calibrate(loaded, tokenizer, config, texts)
     try:
@@ -237,6 +239,7 @@ def recommend(
     tokens: Annotated[
         int, typer.Option(help="Tokens to calibrate on, and of held-out text to score.")
     ] = 2048,
+    calibration: CalibrationText = None,
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -253,8 +256,9 @@ def recommend(
         raise WinaError("give one of --bytes and --max-loss")
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     adviser = Adviser(
-        loaded, tokenizer, names(methods), names(widths), itemsize_of(count_as), tokens
-    )
+        loaded, tokenizer, names(methods), names(widths), itemsize_of(count_as), tokens,
+        texts=documents_of(calibration),
+    )  # fmt: skip
     if share is not None:
         title, chosen = f"at most {share:.0%} of the bytes", adviser.for_bytes(share)
     else:

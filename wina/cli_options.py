@@ -50,6 +50,12 @@ CountAs = Annotated[
         "evaluated in: bfloat16, float16, float32."
     ),
 ]
+_FILE = "a text file, or .jsonl with a field text, page or content, each maybe .gz"
+Text = Annotated[str | None, typer.Option(help=f"What to read: {_FILE}; default: a bundled text.")]
+CalibrationText = Annotated[
+    str | None,
+    typer.Option("--calibration", help=f"What to calibrate on: {_FILE}; default: a bundled text."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the model folder run its own code.")
@@ -135,9 +141,8 @@ def numbers(values: str) -> list[float]:
         raise WinaError(f"expected numbers separated by commas: {error}") from None
 
 
-def read_text(path: Path) -> str:
-    """A whole UTF-8 file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WinaError(f"cannot read {path}: {error}") from None
+def documents_of(source: str | None) -> list[str] | None:
+    """The documents that an option names, None for the bundled ones."""
+    from wina.texts import read_documents
+
+    return None if source is None else read_documents(source)

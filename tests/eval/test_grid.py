@@ -23,7 +23,7 @@ from wina.eval import grid as grid_module
 from wina.eval.grid import Column, Grid, GridRun, columns_of, parse_settings, read_cell
 from wina.eval.harness import HarnessTask
 from wina.eval.local_tasks import local_tasks
-from wina.eval.measurement import KINDS, EvalTask, Settings
+from wina.eval.measurement import KINDS, EvalTask, Settings, Trial
 from wina.eval.run import open_tasks, rows_of
 from wina.integrations.lm_eval import WinaLM
 from wina.patch import is_patched
@@ -368,7 +368,7 @@ def test_every_local_task_runs_on_real_data(lm: WinaLM, name: str) -> None:
     with open_tasks([name], data) as tasks:
         task = tasks[name]
         assert isinstance(task, HarnessTask)
-        found = task.measure(lm, Settings(limit=2), None)
+        found = task.measure(Trial(lm, Settings(limit=2)))
     assert found.primary == local_tasks()[name].primary
     assert found.texts
     assert all(isinstance(module, nn.Module) for module in lm.model.modules())

@@ -18,14 +18,14 @@ import wina
 from wina.errors import ConfigError, WinaError
 from wina.eval.agreement import Agreement, Comparison, DenseLogits
 from wina.eval.generation import GenerationTask, same_prefix
-from wina.eval.measurement import Settings, mean_metric
+from wina.eval.measurement import Settings, Trial, mean_metric
 from wina.eval.needle import DEPTHS, NeedleTask
 from wina.eval.perplexity import score_windows, strided_windows
 from wina.eval.perplexity_task import PerplexityTask
-from wina.eval.texts import read_documents
 from wina.integrations.lm_eval import WinaLM
 from wina.patch import patch_of
 from wina.testing import random_tokens, tiny_model, tiny_tokenizer
+from wina.texts import read_documents
 
 
 def lm(model: nn.Module, max_length: int = 512) -> WinaLM:
@@ -71,9 +71,9 @@ def test_perplexity_task(llama: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("Some text to score, word by word. " * 20, encoding="utf-8")
     task = PerplexityTask(str(path))
-    found = task.measure(lm(llama), Settings(window=64, stride=16), None)
+    found = task.measure(Trial(lm(llama), Settings(window=64, stride=16)))
     assert found.metrics["perplexity"].value == pytest.approx(math.exp(found.metrics["nats"].value))
-    short = task.measure(lm(llama), Settings(limit=2, window=64, stride=64), None)
+    short = task.measure(Trial(lm(llama), Settings(limit=2, window=64, stride=64)))
     assert len(short.rows["nats"]) == len(short.texts) == 2
     assert short.metrics["nats"].value == pytest.approx(sum(short.rows["nats"]) / 2)
     assert task.identity() != PerplexityTask("heldout").identity()
@@ -125,13 +125,13 @@ def test_windows_are_scored_and_compared_in_one_pass(exact: nn.Module, tmp_path:
     runs: list[bool] = []
     handle = exact.register_forward_hook(lambda *_: runs.append(patch_of(exact).control.enabled))
     try:
-        plain = task.measure(lm(exact), settings, None)
+        plain = task.measure(Trial(lm(exact), settings))
         want = agreement(exact, plain.texts, tokens=128)
         known = DenseLogits()
         runs.clear()
         for _ in range(2):
             comparison = Comparison(exact, 128, known)
-            compared = task.measure(lm(exact), settings, None, comparison)
+            compared = task.measure(Trial(lm(exact), settings, comparison=comparison))
             assert (compared, comparison.result()) == (plain, want)
     finally:
         handle.remove()
@@ -179,7 +179,7 @@ def test_needles_are_deterministic_and_lie_where_they_should(llama: nn.Module) -
 
 def test_needle_scores_are_those_of_the_answer(llama: nn.Module) -> None:
     reader = lm(llama)
-    found = NeedleTask("300").measure(reader, Settings(limit=3), None)
+    found = NeedleTask("300").measure(Trial(reader, Settings(limit=3)))
     _, prompt, answer = next(NeedleTask("300").texts(reader, Settings(limit=3)))
     ids = reader.tok_encode(prompt + answer)
     log_p = logits(llama, torch.tensor([ids]))[0].log_softmax(-1)
@@ -188,7 +188,7 @@ def test_needle_scores_are_those_of_the_answer(llama: nn.Module) -> None:
     assert found.rows["nats"][0] == pytest.approx(want, rel=1e-4)
     assert set(found.rows["found"]) <= {0.0, 1.0}
     with pytest.raises(ConfigError, match="max-length"):
-        NeedleTask("1024").measure(reader, Settings(), None)
+        NeedleTask("1024").measure(Trial(reader, Settings()))
     with pytest.raises(ConfigError, match="as in needle:1024"):
         NeedleTask("long")
 
@@ -196,17 +196,17 @@ def test_needle_scores_are_those_of_the_answer(llama: nn.Module) -> None:
 def test_generation_compares_with_the_dense_cell(llama: nn.Module) -> None:
     settings = Settings(limit=3, new_tokens=12)
     task = GenerationTask()
-    dense = task.measure(lm(llama), settings, None)
+    dense = task.measure(Trial(lm(llama), settings))
     assert dense.rows["same_prefix"] == [12.0] * 3
     assert dense.metrics["equal_tokens"].value == 1.0
     cell = {"samples": [dict(sample) for sample in dense.samples]}
     cell["samples"][0]["tokens"] = [*cell["samples"][0]["tokens"][:5], -1, *range(6)]
-    found = task.measure(lm(llama), settings, cell)
+    found = task.measure(Trial(lm(llama), settings, cell))
     assert found.rows["same_prefix"] == [5.0, 12.0, 12.0]
     assert 5 / 12 <= found.rows["equal_tokens"][0] < 1
     assert found.samples[0]["text"] == dense.samples[0]["text"]
     with pytest.raises(WinaError, match="other prompts"):
-        task.measure(lm(llama), Settings(limit=2), cell)
+        task.measure(Trial(lm(llama), Settings(limit=2), cell))
 
 
 def test_same_prefix() -> None:

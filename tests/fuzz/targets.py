@@ -36,9 +36,9 @@ from wina.eval import grid as eval_grid
 from wina.eval.report import grid as report_grid
 from wina.eval.report.render import RENDERERS
 from wina.eval.report.summary import summarise
-from wina.eval.texts import read_documents
 from wina.plan import JSON_FILE, TENSOR_FILE, _digest
 from wina.testing import random_tokens, tiny_model, tiny_tokenizer
+from wina.texts import read_documents
 
 TARGETS: dict[str, type[Target]] = {}
 

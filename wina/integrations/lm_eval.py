@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from wina.errors import ConfigError
 from wina.patch import is_patched, padded_batch
 from wina.plan import SparsityPlan
 from wina.progress import progress
+from wina.texts import read_documents
 
 # Tokens of one padded batch of texts to score. Logits take 4 bytes × vocabulary each, twice.
 BATCH_TOKENS = 8192
@@ -86,11 +86,7 @@ class WinaLM(HFLM):  # type: ignore[misc]
             prefill = str(settings.get("prefill", "all"))
             sparsify(self.model, SparsityPlan.load(plan), prefill=prefill, backend=kernels)
         elif config is not None and config.sparsity > 0:
-            texts = (
-                None
-                if calibration_text is None
-                else [Path(calibration_text).read_text(encoding="utf-8")]
-            )
+            texts = None if calibration_text is None else read_documents(calibration_text)
             sparsify(
                 self.model, config, tokenizer=self.tokenizer, texts=texts, backend=kernels,
                 show_progress=show_progress,
