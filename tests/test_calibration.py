@@ -72,7 +72,7 @@ def test_calibration_is_deterministic_and_changes_nothing(llama: nn.Module) -> N
 
 def test_chunks_agree_with_one_pass(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = plan_for(llama, calibration_tokens=2048)
-    monkeypatch.setattr("wina.calibration.CHUNK_TOKENS", 512)
+    monkeypatch.setattr("wina.calibrator.CHUNK_TOKENS", 512)
     parts = plan_for(llama, calibration_tokens=2048)
     assert parts.realised == pytest.approx(0.5, abs=0.01)
     for name, layer in whole.layers.items():

@@ -152,7 +152,7 @@ def test_realised_counts_active_experts(mixture: nn.Module, tokens: Tensor) -> N
 def test_several_passes_count_every_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import wina.calibration
 
-    monkeypatch.setattr(wina.calibration, "CHUNK_TOKENS", 256)
+    monkeypatch.setattr(wina.calibrator, "CHUNK_TOKENS", 256)
     plan = plan_for(tiny_model("mixtral"))
     for layer in plan.experts.values():
         assert int(layer.tokens.sum()) == 2 * (1024 - 2 * 8)

@@ -1,13 +1,7 @@
 """Checkpoint + text → plan.
 
-The work is done inside one forward pass of the decoder. When a projection is about to run, its
-scores over all calibration tokens are counted, its cut-off is read off the histogram, and its
-inputs are masked with it at once; its correction is fitted and added to its products. So whatever
-runs later sees what the sparse model will produce ("sequential" statistics), and the realised
-sparsity is the one asked for. With "dense" statistics the inputs are not masked.
-
-A correction that compares with the dense model gets it in the same pass: the windows run twice, as
-the two halves of one batch, and only the second half is masked.
+An allocation policy divides the budget over the projections, one pass of the decoder
+(:mod:`wina.calibrator`) finds their thresholds, and a refinement may move them together afterwards.
 """
 
 from __future__ import annotations
@@ -15,54 +9,44 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wina.allocation import Measurements, Problem, Uniform, Unit
+from wina.calibrator import Calibrator
 from wina.config import SparsityConfig
-from wina.corrections import Products, Terms
 from wina.errors import CalibrationError, PatchStateError, UnsupportedModelError
 from wina.experts import ROLES, ExpertsCalibrator, FusedExperts
 from wina.methods import METHODS
-from wina.mlp import recognise_gated_mlp
+from wina.offload import WeightsOf, is_offloaded
 from wina.plan import (
     ExpertsPlan,
-    ProjectionPlan,
     SparsityPlan,
     experts_sample,
-    weight_sample,
 )
-from wina.prefill import Prefill
-from wina.progress import Advance, progress
 from wina.projections import (
+    DenseModule,
     Projection,
-    decoder_of,
     dense_modules,
     find_experts,
     find_projections,
     group_members,
+    linear_of,
     model_type_of,
 )
 from wina.refinement import NO_REFINEMENT
 from wina.refining import refine
 from wina.rotation import check_rotation, rotation_of
-from wina.scores import ChannelScores, rounded
-from wina.statistics import ScoreHistogram
+from wina.scores import ChannelScores
 from wina.texts import bundled, evenly, to_windows
 
 logger = logging.getLogger(__name__)
 
 # Dense modules of a smaller share of the blocks' weights, such as routers, are not worth a warning.
 _MENTIONED = 0.01
-
-# Tokens whose activations are alive at once. More calibration tokens than this are taken in
-# several passes, at first with cut-offs from the first chunk.
-CHUNK_TOKENS = 16384
 
 
 def calibrate(
@@ -72,6 +56,7 @@ def calibrate(
     texts: Iterable[str] | Iterable[Tensor] | Tensor | None = None,
     show_progress: bool = True,
     measurements: Measurements | None = None,
+    offloaded: bool = False,
 ) -> SparsityPlan:
     """Find the thresholds of every projection.
 
@@ -83,12 +68,17 @@ def calibrate(
         show_progress: draw a progress bar on stderr.
         measurements: where allocation policies keep what they measured, for calibrations of this
             model with this text at other sparsities and with other selectors.
+        offloaded: also calibrate projections whose weights accelerate brings in for every call (a
+            ``device_map`` with ``cpu`` or ``disk``): for models larger than memory, one projection
+            of which is there at a time, and one block for gradients. They cannot be sparsified
+            where they are offloaded; the plan is for where the model fits.
 
     Returns:
         The plan for :func:`wina.sparsify`.
 
     Raises:
-        UnsupportedModelError: a module does not fit; the message names it.
+        UnsupportedModelError: a module does not fit; the message names it. Or the model is
+            offloaded, and the config wants rounded weights or a refinement.
         CalibrationError: the text is too short, or a projection received NaN or Inf.
         PatchStateError: the model is sparsified already, or not rotated as the method wants it.
     """
@@ -98,8 +88,10 @@ def calibrate(
             "the model is sparsified: call wina.restore(model) before calibrating"
         )
     check_rotation(model, config.rotation_spec)
-    projections = find_projections(model)
+    projections = find_projections(model, offloaded)
     refinement = config.make_refinement()
+    if offloaded:
+        _check_offloaded(model, config)
     text = to_windows(
         bundled("calibration") if texts is None else texts,
         tokenizer,
@@ -111,7 +103,8 @@ def calibrate(
         raise CalibrationError(f"the text is too short: {windows.numel()} tokens")
     units = _units(projections, config)
     experts = find_experts(model)
-    _tell_what_stays_dense(model, projections, [fused for fused, _ in experts.values()])
+    fused_experts = [fused for fused, _ in experts.values()]
+    _tell_what_stays_dense(dense_modules(model, offloaded), projections, fused_experts)
     experts_scores = {
         name: _scores_of_experts(name, fused, config) for name, (fused, _) in experts.items()
     }
@@ -121,8 +114,8 @@ def calibrate(
 
     def run(
         scores: Mapping[str, ChannelScores], sparsities: Mapping[str, float], title: str, show: bool
-    ) -> _Calibrator:
-        calibrator = _Calibrator(model, projections, scores, sparsities, config)
+    ) -> Calibrator:
+        calibrator = Calibrator(model, projections, scores, sparsities, config)
         # Policies divide the budget over projections; experts have the share that was asked for.
         sequential = config.statistics == "sequential"
         calibrator.experts = {
@@ -188,10 +181,24 @@ def calibrate(
     return plan
 
 
+def _check_offloaded(model: nn.Module, config: SparsityConfig) -> None:
+    """Raise for what changes weights, or runs a patched model."""
+    for setting, value, none in (
+        ("weight_dtype", config.weight_dtype, None),
+        ("refinement", config.refinement_spec, NO_REFINEMENT),
+    ):
+        if value != none and any(is_offloaded(module) for module in model.modules()):
+            raise UnsupportedModelError(
+                f"{setting}={value!r} needs the weights in memory, and this model is offloaded: "
+                f"calibrate with {setting}={none!r}, or where the model fits"
+            )
+
+
 def _tell_what_stays_dense(
-    model: nn.Module, projections: Sequence[Projection], experts: Sequence[FusedExperts]
+    dense: Sequence[DenseModule],
+    projections: Sequence[Projection],
+    experts: Sequence[FusedExperts],
 ) -> None:
-    dense = dense_modules(model)
     weights = sum(module.weights for module in dense)
     sparse = sum(projection.weights for projection in projections) + sum(
         parameter.numel() for fused in experts for parameter in fused.module.parameters()
@@ -217,9 +224,9 @@ def _scores(
     """Projection name → its scores; the projections of one unit share the constants."""
     found = {}
     for unit in units:
-        modules = [model.get_submodule(projection.name) for projection in unit.projections]
+        modules = [linear_of(model, projection.name) for projection in unit.projections]
         shared = ChannelScores(
-            weights=[module.weight for module in modules],  # type: ignore[misc]
+            weights=WeightsOf(modules),
             criterion=config.make_criterion(_deciding_role(unit, config)),
             selector=config.make_selector(),
             seed=config.seed + zlib.crc32(unit.name.encode()),
@@ -267,243 +274,3 @@ def _plan_of_experts(
         tokens=torch.tensor(found.tokens[role], dtype=torch.int64),
         sample=experts_sample(getattr(found.fused.module, role)),
     )
-
-
-class _Calibrator:
-    def __init__(
-        self,
-        model: nn.Module,
-        projections: Sequence[Projection],
-        scores: Mapping[str, ChannelScores],
-        sparsities: Mapping[str, float],
-        config: SparsityConfig,
-    ) -> None:
-        self.decoder = decoder_of(model)
-        self.prefill = Prefill(1.0, config.sink_tokens)
-        self.experts: dict[str, ExpertsCalibrator] = {}
-        self.copies = 2 if config.make_correction().compares else 1
-        self.layers = {}
-        for projection in projections:
-            module = model.get_submodule(projection.name)
-            assert isinstance(module, nn.Linear)
-            name = projection.name
-            self.layers[name] = _Layer(projection, module, scores[name], sparsities[name], config)
-        self.gates = self._gates(model) if METHODS[config.method].gate_mask else []
-
-    def _gates(self, model: nn.Module) -> list[tuple[nn.Module, _Layer]]:
-        """(activation module, its down projection) of every gated MLP.
-
-        The scores of down are those of the activation's output, and up drops the same channels,
-        as outputs.
-        """
-        found: list[tuple[nn.Module, _Layer]] = []
-        for name, module in model.named_modules():
-            gated = recognise_gated_mlp(module)
-            if gated is None or f"{name}.{gated.form.down}" not in self.layers:
-                continue
-            down = self.layers[f"{name}.{gated.form.down}"]
-            down.fed = True
-            up = self.layers[f"{name}.{gated.form.up}"]
-            up.sparsity, up.rows_of = 0.0, down
-            found.append((module.get_submodule(gated.form.activation), down))
-        if not found or len({id(activation) for activation, _ in found}) < len(found):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has no gated MLPs with an activation module each: nothing "
-                "can be selected by a gate"
-            )
-        return found
-
-    def plans(self) -> dict[str, ProjectionPlan]:
-        """What was found for the projections, by name."""
-        return {name: layer.plan() for name, layer in self.layers.items()}
-
-    def run(self, windows: Tensor, title: str, show_progress: bool) -> None:
-        """Find all cut-offs."""
-        chunks = windows.split(max(1, CHUNK_TOKENS // windows.shape[1]))
-        passes = 1 if len(chunks) == 1 else 1 + len(chunks)
-        with progress(title, passes * len(self.layers), show_progress) as advance:
-            self._forward(chunks[0], advance)
-            if len(chunks) > 1:
-                for layer in self.layers.values():
-                    layer.restart_statistics()
-                for experts in self.experts.values():
-                    experts.restart_statistics()
-                for chunk in chunks:
-                    self._forward(chunk, advance)
-                for layer in self.layers.values():
-                    layer.finish()
-                for experts in self.experts.values():
-                    experts.set_cutoffs()
-
-    def _forward(self, windows: Tensor, advance: Advance) -> None:
-        def before(layer: _Layer) -> Any:
-            def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                masked = arguments[0] if layer.fed else layer.see(arguments[0])
-                layer.round_weight()
-                advance()
-                return (masked, *arguments[1:])
-
-            return hook
-
-        def after(layer: _Layer) -> Any:
-            def hook(_: nn.Module, __: Any, y: Tensor) -> Tensor:
-                layer.put_back()
-                return layer.correct(y)
-
-            return hook
-
-        def gate(layer: _Layer) -> Any:
-            return lambda _, __, activated: layer.see(activated)
-
-        counted = torch.arange(windows.shape[1]) >= self.prefill.start(windows.shape[1])
-        counted = counted.repeat(len(windows))
-        # Where a correction compares, the first copy of the text runs dense.
-        counted = torch.cat([torch.zeros_like(counted)] * (self.copies - 1) + [counted])
-        device = next(self.decoder.parameters()).device
-        with ExitStack() as stack:  # undoes all that was done, wherever this is stopped
-            stack.callback(self.decoder.train, self.decoder.training)
-            self.decoder.eval()
-            for module, down in self.gates:
-                stack.callback(module.register_forward_hook(gate(down)).remove)
-            for layer in self.layers.values():
-                stack.callback(layer.put_back)
-                linear = layer.module
-                stack.callback(linear.register_forward_pre_hook(before(layer)).remove)
-                stack.callback(linear.register_forward_hook(after(layer)).remove)
-            for experts in self.experts.values():
-                own = experts.fused.module
-                stack.callback(own.__dict__.pop, "forward", None)
-                own.forward = partial(experts.forward, counted.to(device))
-            with torch.no_grad():
-                twice = torch.cat([windows] * self.copies)
-                self.decoder(input_ids=twice.to(device), use_cache=False)
-
-
-class _Layer:
-    """One projection while it is calibrated."""
-
-    def __init__(
-        self,
-        projection: Projection,
-        module: nn.Linear,
-        scores: ChannelScores,
-        sparsity: float,
-        config: SparsityConfig,
-    ) -> None:
-        self.projection = projection
-        self.module = module
-        self.scores = scores
-        self.sparsity = sparsity
-        self.prefill = Prefill(1.0, config.sink_tokens)
-        self.sequential = config.statistics == "sequential"
-        self.weight_dtype = config.weight_dtype
-        self.original: Tensor | None = None
-        self.histogram = ScoreHistogram()
-        self.threshold: Tensor | None = None
-        self.cutoff = 0.0
-        self.dropped = 0
-        self.correction = config.make_correction()
-        self.fit = self.correction.fit()
-        self.terms: Terms | None = None
-        self.center: Tensor | None = None
-        self.left_out: Tensor | None = None
-        self.fed = False  # its scores come from the gate, not from its own input
-        self.rows_of: _Layer | None = None  # its outputs are dropped with that layer's inputs
-
-    def round_weight(self) -> None:
-        """Let the module compute with the weight that it will have, until :meth:`put_back`."""
-        if self.weight_dtype is not None:
-            self.original = self.module.weight.data
-            self.module.weight.data = rounded(self.original, self.weight_dtype)
-
-    def put_back(self) -> None:
-        """Give the module its own weight again, the very same tensor."""
-        if self.original is not None:
-            self.module.weight.data = self.original
-            self.original = None
-
-    def see(self, x: Tensor) -> Tensor:
-        """Count the scores of inputs [B, S, K]; return them masked with the current cut-off.
-
-        Where a correction compares, the first half of the batch is dense, and stays so.
-        """
-        if self.correction.compares:
-            dense, sparse = x.chunk(2)
-            return torch.cat([dense, self._see(sparse)])
-        return self._see(x)
-
-    def _see(self, x: Tensor) -> Tensor:
-        start = self.prefill.start(x.shape[-2])
-        tokens = x[..., start:, :]
-        if self.fit is not None and not self.histogram.total:
-            self.center = self.fit.center(tokens.flatten(0, -2))
-        if self.center is not None:
-            tokens = tokens - self.center.to(tokens.dtype)
-        try:
-            self.scores.count(self.histogram, tokens, self.sparsity)
-        except CalibrationError as error:
-            raise CalibrationError(f"{self.projection.name}: {error}") from None
-        if self.threshold is None:
-            self.set_cutoff()
-        assert self.threshold is not None
-        keep = self.scores.keep(tokens, self.threshold, self.sparsity)
-        self.dropped += int((~keep).sum())
-        if self.fit is not None:
-            self.left_out = torch.where(keep, 0.0, tokens)
-        if not self.sequential:
-            return x
-        return torch.cat([x[..., :start, :], torch.where(keep, tokens, 0.0)], dim=-2)
-
-    def correct(self, y: Tensor) -> Tensor:
-        """Fit the correction to the products y [B, S, N] of masked inputs, and add it to them."""
-        if self.fit is None or self.left_out is None:
-            return y
-        dropped, self.left_out = self.left_out, None
-        start = y.shape[-2] - dropped.shape[-2]
-        copies = 2 if self.correction.compares else 1
-        halves = [half[..., start:, :].flatten(0, -2) for half in y.chunk(copies)]
-        missing = halves[0] - halves[1] if copies == 2 else None
-        self.fit.add(Products(dropped.flatten(0, -2), missing))
-        if self.terms is None:
-            self.set_terms()
-        assert self.terms is not None
-        if not self.sequential:
-            return y
-        corrected = y.clone()
-        corrected.chunk(copies)[-1][..., start:, :] += self.terms.of(dropped)
-        return corrected
-
-    def set_cutoff(self) -> None:
-        """Take the cut-off from the scores counted so far."""
-        self.cutoff = self.scores.cutoff(self.histogram, self.sparsity)
-        self.threshold = self.scores.threshold(self.cutoff)
-
-    def restart_statistics(self) -> None:
-        """Forget the counts; cut-off and correction stay in use until :meth:`finish`."""
-        self.histogram = ScoreHistogram()
-        self.dropped = 0
-        self.fit = self.correction.fit()
-
-    def finish(self) -> None:
-        """Take cut-off and correction from the statistics of all tokens."""
-        self.set_cutoff()
-        self.set_terms()
-
-    def set_terms(self) -> None:
-        """Take the correction from the products seen so far."""
-        if self.fit is not None:
-            self.terms = self.fit.terms(rounded(self.module.weight, self.weight_dtype))
-
-    def plan(self) -> ProjectionPlan:
-        assert self.threshold is not None
-        seen = self.rows_of or self
-        total = seen.histogram.total
-        return ProjectionPlan(
-            projection=self.projection,
-            sparsity=seen.sparsity,
-            realised=seen.dropped / total if total else 0.0,
-            cutoff=self.cutoff,
-            threshold=self.threshold.cpu(),
-            sample=weight_sample(self.module.weight),
-            terms=(self.terms or Terms()).cpu(),
-        )

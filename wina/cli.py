@@ -41,6 +41,9 @@ from wina.errors import WinaError
 from wina.eval.cli import app as eval_app
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from wina.allocation import Measurements
     from wina.plan import SparsityPlan
 
 app = typer.Typer(
@@ -137,6 +140,21 @@ def calibrate(
     tokens: Annotated[int, typer.Option(help="Calibration tokens to read.")] = 8192,
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
+    offload: Annotated[
+        Path | None,
+        typer.Option(
+            help="For models larger than memory: leave the blocks on disk (in the model's files, "
+            "or in this folder where those are no safetensors), one in memory at a time. Needs "
+            "accelerate."
+        ),
+    ] = None,
+    measurements: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for what the allocation measures; another run finds it there, one that "
+            "was stopped or has another sparsity."
+        ),
+    ] = None,
     json_output: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -154,16 +172,39 @@ def calibrate(
         calibration_tokens=tokens,
         weight_dtype=weight_dtype,
     )
-    loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code, offload=offload)
     texts = documents_of(text)
     give_rotation(loaded, config.rotation_spec, tokenizer)
-    plan = wina.calibrate(loaded, tokenizer, config, texts)
+    plan = wina.calibrate(
+        loaded, tokenizer, config, texts, offloaded=offload is not None,
+        measurements=_kept(measurements, loaded, texts),
+    )  # fmt: skip
     try:
         plan.save(output)
     except OSError as error:
         raise WinaError(f"cannot save the plan: {error}") from None
     said = f"{output}: {method} at {sparsity:.0%}, realised {plan.realised:.3f} on calibration text"
     print(json.dumps(_about(output, plan)) if json_output else said)
+
+
+def _kept(folder: Path | None, model: nn.Module, texts: list[str] | None) -> Measurements | None:
+    """What a folder holds of measurements on this model, known by its weights, and this text."""
+    if folder is None:
+        return None
+    import hashlib
+
+    from wina.allocation import Measurements
+    from wina.offload import weight_of
+    from wina.plan import weight_sample
+    from wina.projections import find_projections, linear_of
+    from wina.texts import digest
+
+    weights = hashlib.sha256()
+    for projection in find_projections(model, offloaded=True):
+        sample = weight_sample(weight_of(linear_of(model, projection.name)))
+        weights.update(projection.name.encode() + sample.numpy().tobytes())
+    text = "bundled" if texts is None else digest(texts)
+    return Measurements(0.0, folder, {"model": weights.hexdigest(), "text": text})
 
 
 @app.command()

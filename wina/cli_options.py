@@ -63,11 +63,17 @@ Trust = Annotated[
 
 
 def load_model(
-    model: str, dtype: str = "auto", trust: bool = False, sparse: bool = False
+    model: str,
+    dtype: str = "auto",
+    trust: bool = False,
+    sparse: bool = False,
+    offload: Path | None = None,
 ) -> tuple[Any, Any]:
     """(model, tokenizer), on the CPU or wherever transformers puts it.
 
     A folder with a plan of its own gives a sparse model where ``sparse`` says so, else a dense one.
+    With ``offload`` its blocks stay on disk, in its own files or in this folder, and come to memory
+    for a call.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -82,12 +88,39 @@ def load_model(
         quantization = getattr(config, "quantization_config", None) or {}
         if not sparse and quantization.get("quant_method") == QUANT_METHOD:
             del config.quantization_config
+        where = {} if offload is None else _blocks_on_disk(config, trust, offload)
         loaded = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, trust_remote_code=trust
+            path, config=config, dtype=dtype, trust_remote_code=trust, **where
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise WinaError(f"cannot load {path}: {error}") from None
     return loaded.eval(), tokenizer
+
+
+def _blocks_on_disk(config: Any, trust: bool, folder: Path) -> dict[str, Any]:
+    """Arguments for ``from_pretrained``: the decoder blocks on disk, the rest on a GPU or here."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from wina.projections import decoder_blocks
+
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    blocks = [name for name, _ in decoder_blocks(empty)]
+    here: int | str = 0 if torch.cuda.is_available() else "cpu"
+    places: dict[str, int | str] = {}
+
+    def place(name: str, module: torch.nn.Module) -> None:
+        if name in blocks:
+            places[name] = "disk"
+        elif any(block.startswith(f"{name}.") for block in blocks) or not name:
+            for child, inner in module.named_children():
+                place(f"{name}.{child}".lstrip("."), inner)
+        else:
+            places[name] = here
+
+    place("", empty)
+    return {"device_map": places, "offload_folder": str(folder)}
 
 
 def give_rotation(model: Any, spec: str, tokenizer: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wina.kernels.reference import ACTIVATIONS
 from wina.linear import SparseLinear
+from wina.offload import device_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def recognise_gated_mlp(module: nn.Module) -> GatedMLP | None:
         generator = torch.Generator().manual_seed(0)
         weight = gate.weight
         assert isinstance(weight, Tensor)
-        x = torch.randn(1, 1, weight.shape[1], generator=generator).to(weight)
+        x = torch.randn(1, 1, weight.shape[1], generator=generator)
+        x = x.to(device_of(module), weight.dtype)
         with torch.no_grad():
             expected = down(ACTIVATIONS[activation](gate(x)) * up(x))
             if torch.allclose(module(x), expected, rtol=1e-2, atol=1e-6):

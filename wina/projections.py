@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from wina.errors import UnsupportedModelError
 from wina.experts import ROLES, FusedExperts, recognise_experts
+from wina.offload import device_of, is_offloaded
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,15 @@ class DenseModule:
     weights: int
 
 
-def find_projections(model: nn.Module) -> list[Projection]:
+def find_projections(model: nn.Module, offloaded: bool = False) -> list[Projection]:
     """All projections of the decoder blocks, in the order in which a token passes them.
 
     Sends two tokens through the decoder without gradients. Changes nothing. What cannot become
     sparse is left out: :func:`dense_modules` tells it, with reasons.
+
+    Args:
+        model: a decoder of transformers.
+        offloaded: also those whose weights accelerate brings in for every call.
 
     Raises:
         UnsupportedModelError: no projection is left, with the reason of the first module; or one
@@ -151,11 +156,12 @@ def find_projections(model: nn.Module) -> list[Projection]:
     linears: dict[str, tuple[int, nn.Linear]] = {}
     architecture = architecture_of(model)
     for index, name, module in _block_modules(model):
-        if is_linear(module, architecture) and why_dense(name, module, architecture) is None:
+        why = why_dense(name, module, architecture, offloaded)
+        if is_linear(module, architecture) and why is None:
             assert isinstance(module, nn.Linear)
             linears[name] = (index, module)
     if not linears:
-        dense = dense_modules(model)
+        dense = dense_modules(model, offloaded)
         raise UnsupportedModelError(
             f"{dense[0].name} {dense[0].reason}"
             if dense
@@ -175,6 +181,13 @@ def find_projections(model: nn.Module) -> list[Projection]:
     ]
 
 
+def linear_of(model: nn.Module, name: str) -> nn.Linear:
+    """The module of a projection."""
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
 def find_experts(model: nn.Module) -> dict[str, tuple[FusedExperts, tuple[Projection, ...]]]:
     """Name → fused experts of the decoder blocks and their two projections, in order of execution.
 
@@ -182,7 +195,7 @@ def find_experts(model: nn.Module) -> dict[str, tuple[FusedExperts, tuple[Projec
     """
     found = {}
     for index, name, module in _block_modules(model):
-        if not _offloaded(module) and (fused := recognise_experts(module)) is not None:
+        if not is_offloaded(module) and (fused := recognise_experts(module)) is not None:
             found[name] = (index, fused)
     if not found:
         return {}
@@ -209,12 +222,12 @@ def find_experts(model: nn.Module) -> dict[str, tuple[FusedExperts, tuple[Projec
     }
 
 
-def dense_modules(model: nn.Module) -> list[DenseModule]:
+def dense_modules(model: nn.Module, offloaded: bool = False) -> list[DenseModule]:
     """The modules of the decoder blocks that hold matrices and cannot become sparse."""
     architecture = architecture_of(model)
     found = []
     for _, name, module in _block_modules(model):
-        reason = why_dense(name, module, architecture)
+        reason = why_dense(name, module, architecture, offloaded)
         if reason is not None:
             found.append(DenseModule(name, reason, sum(_matrices(module).values())))
     return found
@@ -237,13 +250,18 @@ def is_linear(module: nn.Module, architecture: Architecture) -> bool:
     return type(module) is nn.Linear or type(module).__name__ in architecture.linear_types
 
 
-def why_dense(name: str, module: nn.Module, architecture: Architecture) -> str | None:
-    """Why a module that holds matrices cannot become sparse; None if it can, or holds none."""
+def why_dense(
+    name: str, module: nn.Module, architecture: Architecture, offloaded: bool = False
+) -> str | None:
+    """Why a module that holds matrices cannot become sparse; None if it can, or holds none.
+
+    With ``offloaded`` those are fine whose weights accelerate brings in for every call.
+    """
     if isinstance(module, nn.Embedding) or not _matrices(module):
         return None
     if name.rpartition(".")[2] in architecture.skip:
         return "is a router or a gate, which stays dense"
-    if _offloaded(module):
+    if is_offloaded(module) and not offloaded:
         return (
             "is offloaded by accelerate: its whole weight is copied for every token, so skipping "
             "channels saves nothing; a device_map without cpu or disk makes it sparse"
@@ -258,7 +276,7 @@ def why_dense(name: str, module: nn.Module, architecture: Architecture) -> str |
         )
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if weight.is_meta:
+    if weight.is_meta and not is_offloaded(module):
         return "is on the meta device: load the weights before calibrating or patching"
     if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         return (
@@ -266,12 +284,6 @@ def why_dense(name: str, module: nn.Module, architecture: Architecture) -> str |
             "library cannot be patched; load the model unquantized"
         )
     return None
-
-
-def _offloaded(module: nn.Module) -> bool:
-    """Whether accelerate brings the weights to the device before every call (and no longer)."""
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
 
 
 def _matrices(module: nn.Module) -> dict[str, int]:
@@ -317,7 +329,7 @@ def _pre_hooks(modules: Mapping[str, nn.Module], hook: Callable[[str], Any]) -> 
 
 def _run_two_tokens(model: nn.Module) -> None:
     decoder = decoder_of(model)
-    device = next(decoder.parameters()).device
+    device = device_of(decoder)
     with torch.no_grad():
         decoder(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
 

@@ -191,7 +191,7 @@ def test_statistics_in_chunks_are_those_of_all_tokens(
     """The first projection has the same inputs in every pass; only its cut-off moves a little."""
     first = "model.layers.0.self_attn.q_proj"
     whole = plan_for(llama, correction=name).layers[first].terms.tensors()
-    monkeypatch.setattr(wina.calibration, "CHUNK_TOKENS", 256)
+    monkeypatch.setattr(wina.calibrator, "CHUNK_TOKENS", 256)
     parts = plan_for(llama, correction=name).layers[first].terms.tensors()
     for one, other in zip(_functions(whole), _functions(parts), strict=True):
         assert (other - one).norm() < 0.1 * one.norm()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wina.allocation.base import Problem, Unit
+from wina.offload import device_of, forward_replaced, weight_and_bias
 from wina.prefill import Prefill
 from wina.progress import progress
-from wina.projections import decoder_blocks, decoder_of
+from wina.projections import decoder_blocks, decoder_of, linear_of
 from wina.statistics import ScoreHistogram
 
 
@@ -35,9 +37,7 @@ class Block:
         self._owner = {p.name: unit.name for unit in units for p in unit.projections}
         self._linears: dict[str, nn.Linear] = {}
         for name in self._owner:
-            linear = problem.model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            self._linears[name] = linear
+            self._linears[name] = linear_of(problem.model, name)
         self._histograms: dict[str, ScoreHistogram] = {}
         self._base = {unit.name: 0.0 for unit in units}
         self._outputs: dict[str, Tensor] = {}
@@ -101,7 +101,7 @@ class Block:
             threshold = scores.threshold(scores.cutoff(self._histograms[name], sparsity))
             masked = torch.where(scores.keep(tokens, threshold, sparsity), tokens, 0.0)
             x = torch.cat([x[..., :start, :], masked], dim=-2)
-        return F.linear(x, linear.weight, linear.bias)
+        return F.linear(x, *weight_and_bias(linear))
 
     def _run(self, product: Callable[[str, Tensor], Tensor]) -> Tensor:
         with _products(self._linears, product):
@@ -116,7 +116,7 @@ def visit_blocks(
     """Call ``visit`` with every decoder block, one after the other, in one dense forward pass."""
     decoder = decoder_of(problem.model)
     blocks = decoder_blocks(problem.model)
-    device = next(decoder.parameters()).device
+    device = device_of(decoder)
 
     def hook_of(index: int) -> Callable[..., None]:
         units = [unit for unit in problem.units if unit.projections[0].block == index]
@@ -143,13 +143,7 @@ def _products(
 ) -> Iterator[None]:
     """Let ``product`` compute what these modules compute."""
 
-    def forward_of(name: str) -> Callable[[Tensor], Tensor]:
-        return lambda x: product(name, x)
-
-    try:
+    with ExitStack() as stack:
         for name, linear in linears.items():
-            linear.forward = forward_of(name)  # type: ignore[assignment,method-assign]
+            stack.enter_context(forward_replaced(linear, partial(product, name)))
         yield
-    finally:
-        for linear in linears.values():
-            linear.__dict__.pop("forward", None)

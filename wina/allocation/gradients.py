@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wina.allocation.base import Problem
+from wina.offload import device_of, recomputed, weight_of
 from wina.prefill import Prefill
 from wina.progress import progress
-from wina.projections import Projection
+from wina.projections import Projection, decoder_blocks, linear_of
 from wina.scores import ChannelScores
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -76,7 +77,8 @@ def loss_changes(
     """
     found = {name: LossChange(grid) for name, grid in grids.items()}
     model = problem.model
-    device = next(model.parameters()).device
+    device = device_of(model)
+    blocks = [block for _, block in decoder_blocks(model)]
     title = "gradients, dense" if point is None else "gradients, sparse"
     probes = [
         _Probe(projection, problem, found[projection.name], point)
@@ -87,6 +89,7 @@ def loss_changes(
     with (
         progress(title, len(windows), problem.show_progress) as advance,
         frozen(model),
+        recomputed(blocks),
     ):
         for window in windows.split(1):
             ids = window.to(device)
@@ -162,9 +165,7 @@ class _Probe:
         found: LossChange,
         point: OperatingPoint | None,
     ) -> None:
-        module = problem.model.get_submodule(projection.name)
-        assert isinstance(module, nn.Linear)
-        self.module = module
+        self.module = linear_of(problem.model, projection.name)
         self.scores: ChannelScores = problem.scores[projection.name]
         self.prefill = Prefill(1.0, problem.sink_tokens)
         self.found = found
@@ -195,7 +196,7 @@ class _Probe:
         start = self.prefill.start(self.x.shape[-2])
         x = self.x[..., start:, :].flatten(0, -2)
         g = gradient[..., start:, :].flatten(0, -2)
-        contributions = x.float() * (g @ self.module.weight).float()
+        contributions = x.float() * (g @ weight_of(self.module)).float()
         levels = self.scores.levels(x, self.found.grid)
         at_level = contributions.new_zeros(len(x), len(self.found.grid) + 1)
         at_level.scatter_add_(1, levels, contributions)
