@@ -56,6 +56,12 @@ Output = Annotated[
 Texts = Annotated[
     str, typer.Option(help="Files to score, by commas, or `heldout` for the bundled text.")
 ]
+ByCommas = Annotated[str, typer.Option(help="By commas.")]
+SettingsOfAll = Annotated[
+    str, typer.Option("--set", help="Settings of all methods: calibration_tokens=4096,seed=1.")
+]
+Window = Annotated[int, typer.Option(help="Tokens in a window of a scored text.")]
+TokensOfEach = Annotated[int, typer.Option(help="Tokens of each text to score.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences scored at once; no score depends on it.")]
 MaxLength = Annotated[int, typer.Option(help="Context in tokens; longer texts are cut.")]
 
@@ -67,7 +73,7 @@ def eval_grid(
     methods: Annotated[
         str, typer.Option(help="By commas, each with settings of its own: wina/selector=topk.")
     ] = "dense,teal,wina",
-    sparsities: Annotated[str, typer.Option(help="By commas.")] = "0.4,0.5,0.65",
+    sparsities: ByCommas = "0.4,0.5,0.65",
     tasks: Tasks = "",
     data: Data = None,
     output: Annotated[
@@ -78,14 +84,12 @@ def eval_grid(
     ] = "all",
     limit: Limit = None,
     num_fewshot: Fewshot = None,
-    settings: Annotated[
-        str, typer.Option("--set", help="Settings of all methods: calibration_tokens=4096,seed=1.")
-    ] = "",
+    settings: SettingsOfAll = "",
     calibration: CalibrationText = None,
     agreement_tokens: Annotated[
         int, typer.Option(help="Tokens of each task's text to compare with dense on; 0: none.")
     ] = 2048,
-    window: Annotated[int, typer.Option(help="Tokens in a window of `perplexity`.")] = 512,
+    window: Window = 512,
     stride: Annotated[
         int | None, typer.Option(help="New tokens in each window; default: the window.")
     ] = None,
@@ -232,12 +236,12 @@ def _require_lm_eval() -> None:
 @app.command("ppl")
 def eval_ppl(
     model: Model = "demo",
-    methods: Annotated[str, typer.Option(help="By commas.")] = "dense,teal,wina",
-    sparsities: Annotated[str, typer.Option(help="By commas.")] = "0.4,0.5,0.65",
+    methods: ByCommas = "dense,teal,wina",
+    sparsities: ByCommas = "0.4,0.5,0.65",
     text: Text = None,
     calibration: CalibrationText = None,
     tokens: Annotated[int, typer.Option(help="Score at most this many; 0: all.")] = 0,
-    window: Annotated[int, typer.Option(help="Tokens in one window.")] = 512,
+    window: Window = 512,
     selector: Annotated[
         str | None,
         typer.Option(help="threshold, relative, topk or statistical; default: the method's."),
@@ -302,18 +306,14 @@ def eval_ablation(
     output: Output,
     model: Model = "demo",
     texts: Texts = "heldout",
-    sparsities: Annotated[str, typer.Option(help="By commas.")] = "0.25,0.4,0.5,0.65",
-    criteria: Annotated[
-        str, typer.Option(help="By commas.")
-    ] = "magnitude,norm-power:0.5,l2-norm,l1-norm",
-    rotations: Annotated[str, typer.Option(help="By commas.")] = "none,orthogonal",
-    allocations: Annotated[str, typer.Option(help="By commas.")] = "uniform,greedy,fisher",
-    selectors: Annotated[str, typer.Option(help="By commas.")] = "threshold,relative,topk",
-    tokens: Annotated[int, typer.Option(help="Tokens of each text to score.")] = 8192,
-    window: Annotated[int, typer.Option(help="Tokens in one window.")] = 512,
-    settings: Annotated[
-        str, typer.Option("--set", help="Settings of all: calibration_tokens=4096,seed=1.")
-    ] = "",
+    sparsities: ByCommas = "0.25,0.4,0.5,0.65",
+    criteria: ByCommas = "magnitude,norm-power:0.5,l2-norm,l1-norm",
+    rotations: ByCommas = "none,orthogonal",
+    allocations: ByCommas = "uniform,greedy,fisher",
+    selectors: ByCommas = "threshold,relative,topk",
+    tokens: TokensOfEach = 8192,
+    window: Window = 512,
+    settings: SettingsOfAll = "",
     calibration: CalibrationText = None,
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
@@ -355,11 +355,9 @@ def eval_frontier(
     widths: Annotated[
         str, typer.Option(help="By commas: loaded (as it is), int8, int4.")
     ] = "loaded,int8,int4",
-    tokens: Annotated[int, typer.Option(help="Tokens of each text to score.")] = 8192,
-    window: Annotated[int, typer.Option(help="Tokens in one window.")] = 512,
-    settings: Annotated[
-        str, typer.Option("--set", help="Settings of all: calibration_tokens=4096,seed=1.")
-    ] = "",
+    tokens: TokensOfEach = 8192,
+    window: Window = 512,
+    settings: SettingsOfAll = "",
     calibration: CalibrationText = None,
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
