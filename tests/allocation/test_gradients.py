@@ -51,8 +51,8 @@ def slopes(loss: Callable[[int, float], float], length: int) -> Tensor:
 
 @pytest.mark.parametrize("leaf", ["self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"])
 def test_dense_curvature(problem: Problem, leaf: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    labels = torch.randint(0, 250, (20,))
-    monkeypatch.setattr("wina.allocation.gradients._draw", lambda logits, generator: labels)
+    direction = torch.randn(20, problem.model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    monkeypatch.setattr("wina.allocation.gradients._direction", lambda *_: direction)
     window = problem.windows[:1, :20]
     name = f"model.layers.0.{leaf}"
     found = loss_changes(problem, grids(problem), window)[name]
@@ -66,7 +66,7 @@ def test_dense_curvature(problem: Problem, leaf: str, monkeypatch: pytest.Monkey
                 return moved
 
             scored = logits(problem.model, window, name, change)
-            return float(F.cross_entropy(scored, labels, reduction="sum"))
+            return float((direction * scored).sum())
 
         expected = slopes(loss, 20)
         assert found.first[index] == pytest.approx(float(expected.mean()), rel=0.01, abs=2e-5)
@@ -123,13 +123,18 @@ def test_moments_do_not_depend_on_the_batches() -> None:
     assert torch.allclose(parts.second, whole.second)
 
 
-def test_labels_follow_the_prediction() -> None:
-    from wina.allocation.gradients import _draw
+def test_directions_have_the_curvature_of_the_divergence() -> None:
+    from wina.allocation.gradients import _direction
 
-    rows = torch.tensor([[0.0, 2.0, -30.0, 1.0]]).expand(20000, 4)
-    drawn = _draw(rows, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
-    assert torch.allclose(drawn, rows[0].softmax(-1), atol=0.02)
-    assert drawn[2] == 0
+    logits = torch.tensor([0.0, 2.0, -30.0, 1.0])
+    v = _direction(logits.expand(50000, 4), torch.Generator().manual_seed(0))
+    curvature = torch.func.hessian(
+        lambda moved: F.kl_div(
+            moved.log_softmax(-1), logits.log_softmax(-1), reduction="sum", log_target=True
+        )
+    )(logits)
+    assert torch.allclose(v.t() @ v / len(v), curvature, atol=5e-3)
+    assert torch.allclose(v.sum(-1), torch.zeros(()), atol=1e-5)
 
 
 def grids(problem: Problem) -> dict[str, tuple[float, ...]]:

@@ -37,7 +37,7 @@ class Fisher(Allocation):
     """
 
     def __init__(
-        self, rounds: float = 1, most: float = 0.95, step: float = 0.05, tokens: float = 2048
+        self, rounds: float = 1, most: float = 0.95, step: float = 0.05, tokens: float = 8192
     ) -> None:
         self.rounds = whole("rounds", rounds)
         self.needs = Needs.GRADIENTS if rounds == 1 else Needs.EVALUATIONS

@@ -65,9 +65,9 @@ def loss_changes(
 ) -> dict[str, LossChange]:
     """Estimate, for every projection by itself, what sparsities do to the loss.
 
-    At the dense model the loss is the negative log-likelihood of labels drawn from the model's own
-    prediction, whose squared gradients give the curvature of KL(dense ‖ sparse). At an operating
-    point it is that divergence itself, whose gradient has little noise.
+    At the dense model the loss is a random direction of the logits, whose squared gradients give
+    the curvature of KL(dense ‖ sparse). At an operating point it is that divergence itself, whose
+    gradient has little noise.
 
     Args:
         problem: model, scores and masks.
@@ -96,8 +96,7 @@ def loss_changes(
             if point is None:
                 with _attached(model, probes):
                     logits = _logits(model, ids)
-                    labels = _draw(logits.detach(), generator)
-                    F.cross_entropy(logits, labels, reduction="sum").backward()
+                    logits.backward(_direction(logits.detach(), generator))
             else:
                 with torch.no_grad():
                     dense = _logits(model, ids).log_softmax(-1)
@@ -115,12 +114,17 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     return logits.float()
 
 
-def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A token [S] for every row, from the model's own prediction."""
-    cumulative = logits.softmax(-1, dtype=torch.float32).cumsum(-1)
-    uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
-    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
-    return drawn.squeeze(1).clamp_max(logits.shape[-1] - 1)
+def _direction(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """v [S, vocabulary] for logits of the same shape, with E[v vᵀ] = diag(p) − p pᵀ for each token.
+
+    That is the curvature of KL in the logits. The gradient of a label that is drawn from p has this
+    covariance, too, but is nearly zero for most draws of a confident prediction and large for a
+    few: v = √p∘ε − p·(√p·ε) with random signs ε says as much with fewer tokens.
+    """
+    p = logits.softmax(-1, dtype=torch.float32)
+    signs = torch.randint(2, p.shape, generator=generator, dtype=torch.int8).to(p.device)
+    signed = p.sqrt().mul_(signs.mul_(2).sub_(1))
+    return signed - p * signed.sum(-1, keepdim=True)
 
 
 @contextmanager
