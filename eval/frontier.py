@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -174,13 +175,24 @@ def draw_frontier(title: str, rows: Sequence[Mapping[str, Any]], note: str, path
             axes.plot(
                 [x for x, _ in points], [y for _, y in points], marker="osD^vP*X"[w % 8],
                 markersize=4, color=f"C{m}", linestyle=("-", "--", ":", "-.")[w % 4],
-                label=f"{method}, {width}",
             )  # fmt: skip
+    best = sorted((100 * r["share"], r["nats_over_dense"]) for r in rows if r.get("best"))
+    axes.plot([x for x, _ in best], [y for _, y in best], color="0.85", linewidth=6, zorder=0)
+    # One key for colours, one for markers: their product would be as long as the table.
+    keys = [axes.plot([], [], color=f"C{m}", label=method)[0] for m, method in enumerate(methods)]
+    keys += [
+        axes.plot([], [], color="0.3", marker="osD^vP*X"[w % 8], markersize=4,
+                  linestyle=("-", "--", ":", "-.")[w % 4], label=width)[0]
+        for w, width in enumerate(widths)
+    ]  # fmt: skip
+    keys += axes.plot([], [], color="0.85", linewidth=6, label="no row is better")
     axes.set_yscale("symlog", linthresh=0.01)
     axes.set_xlabel("bytes read per token, % of the dense model's")
     axes.set_ylabel("nats over dense")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.suptitle(title + (f"\n{note}" if note else ""), fontsize=9)
+    axes.legend(handles=keys, fontsize=8)
+    axes.set_title(title, fontsize=9)
+    if note:
+        figure.supxlabel("\n".join(textwrap.wrap(note, 110)), fontsize=7)
     figure.savefig(path, dpi=150)
     plt.close(figure)
