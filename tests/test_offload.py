@@ -21,7 +21,7 @@ from wina.cli import app
 from wina.cli_options import load_model
 from wina.errors import UnsupportedModelError
 from wina.offload import device_of, is_offloaded, recomputed, weight_and_bias
-from wina.projections import decoder_blocks
+from wina.projections import decoder_blocks, dense_modules
 from wina.testing import random_tokens, tiny_model, tiny_tokenizer
 
 PARTS = [
@@ -83,6 +83,20 @@ def test_a_biased_model_that_is_offloaded(tmp_path: Path) -> None:
         assert torch.equal(found.layers[name].threshold, layer.threshold), name
         assert layer.terms.bias is not None
         assert torch.equal(found.layers[name].terms.bias, layer.terms.bias), name  # type: ignore[arg-type]
+
+
+def test_experts_that_are_offloaded_stay_dense_and_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = offloaded("mixtral", "cpu", tmp_path)
+    found = plan_of(model)
+    assert not found.experts
+    assert {name.rpartition(".")[2] for name in found.layers} == {
+        "q_proj", "k_proj", "v_proj", "o_proj",
+    }  # fmt: skip
+    assert "of the weights of the blocks stay dense" in caplog.text
+    dense = {module.name.rpartition(".")[2] for module in dense_modules(model, offloaded=True)}
+    assert dense == {"gate", "experts"}
 
 
 def test_weights_are_brought_in_and_go_again(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from wina.errors import CalibrationError, UnsupportedModelError
 from wina.experts import ExpertsCalibrator
 from wina.methods import METHODS
 from wina.mlp import recognise_gated_mlp
-from wina.offload import device_of, weight_of
+from wina.offload import device_of, forward_replaced, weight_of
 from wina.plan import ProjectionPlan, weight_sample
 from wina.prefill import Prefill
 from wina.progress import Advance, progress
@@ -142,9 +142,8 @@ class Calibrator:
                 stack.callback(linear.register_forward_pre_hook(before(layer)).remove)
                 stack.callback(linear.register_forward_hook(after(layer)).remove)
             for experts in self.experts.values():
-                own = experts.fused.module
-                stack.callback(own.__dict__.pop, "forward", None)
-                own.forward = partial(experts.forward, counted.to(device))
+                masked = partial(experts.forward, counted.to(device))
+                stack.enter_context(forward_replaced(experts.fused.module, masked))
             with torch.no_grad():
                 twice = torch.cat([windows] * self.copies)
                 self.decoder(input_ids=twice.to(device), use_cache=False)

@@ -255,13 +255,13 @@ def why_dense(
 ) -> str | None:
     """Why a module that holds matrices cannot become sparse; None if it can, or holds none.
 
-    With ``offloaded`` those are fine whose weights accelerate brings in for every call.
+    With ``offloaded`` projections are fine whose weights accelerate brings in for every call.
     """
     if isinstance(module, nn.Embedding) or not _matrices(module):
         return None
     if name.rpartition(".")[2] in architecture.skip:
         return "is a router or a gate, which stays dense"
-    if is_offloaded(module) and not offloaded:
+    if is_offloaded(module) and not (offloaded and is_linear(module, architecture)):
         return (
             "is offloaded by accelerate: its whole weight is copied for every token, so skipping "
             "channels saves nothing; a device_map without cpu or disk makes it sparse"
