@@ -15,7 +15,7 @@ scale is exact in float32. Knows nothing of kernels or models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +106,10 @@ class QuantizedWeight:
         """Bytes in memory."""
         return self.packed.nbytes + self.scales.nbytes
 
+    def cpu(self) -> QuantizedWeight:
+        """The same weight on the CPU."""
+        return replace(self, packed=self.packed.cpu(), scales=self.scales.cpu())
+
     def dequantize(self) -> Tensor:
         """The weight that every product with it means, [K, N] float32."""
         return dequantize(self.packed, self.scales, self.columns, self.bits)
@@ -128,19 +132,57 @@ def quantize(weight: Tensor, dtype: str) -> QuantizedWeight:
         raise ConfigError(f"unknown weight dtype {dtype!r}. Known: {', '.join(FORMATS)}.")
     form = FORMATS[dtype]
     K, N = weight.shape
-    groups = groups_of(N)
     packed = torch.empty((K, form.row_bytes(N)), dtype=torch.int8, device=weight.device)
-    scales = torch.zeros((K, scales_of(N)), dtype=torch.bfloat16, device=weight.device)
+    scales = torch.empty((K, scales_of(N)), dtype=torch.bfloat16, device=weight.device)
     rows = max(1, _CHUNK // max(1, N))
     for first in range(0, K, rows):
         chunk = weight[first : first + rows].detach().to(torch.float32)
         if not chunk.isfinite().all():
             raise ConfigError(f"the weight holds NaN or Inf: it cannot be rounded to {dtype}")
-        grouped = F.pad(chunk, (0, groups * GROUP - N)).unflatten(1, (groups, GROUP))
-        scale, q = _round_groups(grouped, form)
-        packed[first : first + rows] = _pack(q, form, packed.shape[1])
-        scales[first : first + rows, :groups] = scale
+        groups = grouped(chunk)
+        scale = choose_scales(groups, form)
+        q = integers(groups, scale.unsqueeze(-1), form).to(torch.int8)
+        part = from_groups(scale, q, N, form)
+        packed[first : first + rows] = part.packed
+        scales[first : first + rows] = part.scales
     return QuantizedWeight(packed, scales, N, form.bits)
+
+
+def grouped(rows: Tensor) -> Tensor:
+    """Rows [k, N] cut into groups of columns, the last one padded with zeros.
+
+    Returns:
+        [k, groups, GROUP].
+    """
+    groups = groups_of(rows.shape[1])
+    padded = F.pad(rows, (0, groups * GROUP - rows.shape[1]))
+    return padded.reshape(len(rows), groups, GROUP)
+
+
+def from_groups(scales: Tensor, q: Tensor, N: int, form: IntegerFormat) -> QuantizedWeight:
+    """The weight with scales [k, groups] and integers [k, groups, GROUP] int8, laid out."""
+    unused = scales_of(N) - scales.shape[1]
+    stored = F.pad(scales.to(torch.bfloat16), (0, unused))
+    return QuantizedWeight(_pack(q, form, form.row_bytes(N)), stored, N, form.bits)
+
+
+def check_layout(packed: Tensor, scales: Tensor, rows: int, columns: int, bits: int) -> None:
+    """Raise a ValueError unless these are the fields of a :class:`QuantizedWeight` of such a size.
+
+    Args:
+        packed, scales, columns, bits: its fields.
+        rows: K.
+    """
+    for name, tensor, width, dtype in (
+        ("packed", packed, format_of(bits).row_bytes(columns), torch.int8),
+        ("scales", scales, scales_of(columns), torch.bfloat16),
+    ):
+        shape = (rows, width)
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} of {columns} columns in {bits} bits must be {shape} {dtype}, contiguous; "
+                f"got {tuple(tensor.shape)} {tensor.dtype}"
+            )
 
 
 def dequantize(packed: Tensor, scales: Tensor, columns: int, bits: int) -> Tensor:
@@ -152,8 +194,8 @@ def dequantize(packed: Tensor, scales: Tensor, columns: int, bits: int) -> Tenso
     return q.flatten(1)[:, :columns]
 
 
-def _round_groups(weight: Tensor, form: IntegerFormat) -> tuple[Tensor, Tensor]:
-    """Scales [k, groups] bfloat16 and integers [k, groups, GROUP] int8 of a padded chunk."""
+def choose_scales(weight: Tensor, form: IntegerFormat) -> Tensor:
+    """Scales [k, groups] float32, of values that bfloat16 has, for groups [k, groups, GROUP]."""
     at = weight.abs().argmax(-1, keepdim=True)
     largest = weight.gather(-1, at)
     unit = torch.where(largest == 0.0, 1.0, largest)  # of errors, whose squares could overflow
@@ -162,16 +204,15 @@ def _round_groups(weight: Tensor, form: IntegerFormat) -> tuple[Tensor, Tensor]:
     for share in form.shrink:
         # Rounded to bfloat16 first: the integers are chosen for the scale that will be stored.
         scale = (largest * (share / form.full)).to(torch.bfloat16).to(torch.float32)
-        error = weight - scale * _integers(weight, scale, form)
+        error = weight - scale * integers(weight, scale, form)
         error = error.div_(unit).square_().sum(-1, keepdim=True)
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
         best_error = torch.where(better, error, best_error)
-    q = _integers(weight, best_scale, form)
-    return best_scale.squeeze(-1).to(torch.bfloat16), q.to(torch.int8)
+    return best_scale.squeeze(-1)
 
 
-def _integers(weight: Tensor, scale: Tensor, form: IntegerFormat) -> Tensor:
+def integers(weight: Tensor, scale: Tensor, form: IntegerFormat) -> Tensor:
     """round(weight / scale) in range, float32; 0 where the scale is (nearly) 0."""
     usable = scale.abs() > _SMALLEST_SCALE
     inverse = torch.where(usable, 1.0 / torch.where(usable, scale, 1.0), 0.0)

@@ -19,10 +19,9 @@ from wina.kernels.quantization import (
     FORMATS,
     GROUP,
     QuantizedWeight,
+    check_layout,
     dequantize,
-    format_of,
     groups_of,
-    scales_of,
 )
 
 # Groups of columns that are dequantized at a time: bounds the float copy of a large weight.
@@ -165,17 +164,10 @@ def check_packed(
     """Raise a RuntimeError unless these are the fields of a QuantizedWeight of so many rows."""
     if bits not in (form.bits for form in FORMATS.values()):
         raise RuntimeError(f"expected 8 or 4 bits, got {bits} bits")
-    row_bytes = format_of(bits).row_bytes(columns)
-    for name, tensor, width, dtype in (
-        ("packed", packed, row_bytes, torch.int8),
-        ("scales", scales, scales_of(columns), torch.bfloat16),
-    ):
-        shape = (rows, width)
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise RuntimeError(
-                f"{name} of {columns} columns in {bits} bits must be {shape} {dtype}, contiguous, "
-                f"for x {tuple(x.shape)}; got {tuple(tensor.shape)} {tensor.dtype}"
-            )
+    try:
+        check_layout(packed, scales, rows, columns, bits)
+    except ValueError as error:
+        raise RuntimeError(f"for x {tuple(x.shape)}, {error}") from None
 
 
 def check_quantized(

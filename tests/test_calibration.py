@@ -128,6 +128,7 @@ def test_bundled_text_is_the_default(llama: nn.Module) -> None:
         "allocation": "uniform",
         "refinement": "none",
         "correction": "none",
+        "rounding": "none",
         "rotation": "none",
     }
     assert plan.realised == pytest.approx(0.5, abs=0.01)

@@ -25,10 +25,11 @@ WIDTHS = list(FORMATS)
 def rounded(model: nn.Module, plan: wina.SparsityPlan, dtype: str) -> nn.Module:
     """A dense copy whose projections have the rounded weights."""
     twin = copy.deepcopy(model)
-    for name in plan.layers:
+    for name, layer in plan.layers.items():
         weight = twin.get_submodule(name).weight
         assert isinstance(weight, nn.Parameter)
-        weight.data = quantize(weight.data.t(), dtype).dequantize().t().to(weight.dtype)
+        found = layer.weight or quantize(weight.data.t(), dtype)
+        weight.data = found.dequantize().t().to(weight.dtype)
     return twin
 
 
@@ -49,7 +50,7 @@ def test_sparsity_0_is_the_dense_model_of_rounded_weights(
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_thresholds_are_those_of_the_rounded_model(llama: nn.Module, width: str) -> None:
-    plan = plan_for(llama, weight_dtype=width)
+    plan = plan_for(llama, weight_dtype=width, rounding="nearest")
     want = plan_for(rounded(llama, plan, width))
     for name, layer in plan.layers.items():
         torch.testing.assert_close(layer.threshold, want.layers[name].threshold)
@@ -127,7 +128,7 @@ def test_kept_originals_come_back_bit_for_bit(llama: nn.Module, tokens: Tensor) 
 def test_an_interrupted_patch_gives_the_model_back(
     llama: nn.Module, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense, plan = logits(llama, tokens), plan_for(llama, weight_dtype="int4")
+    dense, plan = logits(llama, tokens), plan_for(llama, weight_dtype="int8")
     calls = iter(range(100))
 
     def interrupted(*arguments: object, **settings: object) -> object:
@@ -135,7 +136,7 @@ def test_an_interrupted_patch_gives_the_model_back(
             raise KeyboardInterrupt
         return quantize(*arguments, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("wina.quantized_linear.quantize", interrupted)
+    monkeypatch.setattr("wina.rounding.base.quantize", interrupted)
     with pytest.raises(KeyboardInterrupt):
         wina.sparsify(llama, plan)
     assert not modules_of(llama)

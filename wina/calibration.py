@@ -112,8 +112,15 @@ def calibrate(
     # histograms do, from which WINA's top-k budgets come as well.
     seen = _scores(model, units, replace(config, selector="threshold"))
 
+    # Where a policy only looks for masks, finding the best integers each time would be dear.
+    plain = replace(config, rounding=config.weight_dtype and "nearest")
+
     def run(
-        scores: Mapping[str, ChannelScores], sparsities: Mapping[str, float], title: str, show: bool
+        scores: Mapping[str, ChannelScores],
+        sparsities: Mapping[str, float],
+        config: SparsityConfig,
+        title: str = "",
+        show: bool = False,
     ) -> Calibrator:
         calibrator = Calibrator(model, projections, scores, sparsities, config)
         # Policies divide the budget over projections; experts have the share that was asked for.
@@ -126,7 +133,7 @@ def calibrate(
         return calibrator
 
     def thresholds(sparsities: Mapping[str, float]) -> dict[str, Tensor]:
-        layers = run(seen, problem.by_projection(sparsities), "", show=False).plans()
+        layers = run(seen, problem.by_projection(sparsities), plain).plans()
         return {name: layer.threshold for name, layer in layers.items()}
 
     problem = Problem(
@@ -154,7 +161,7 @@ def calibrate(
     allocation = config.make_allocation() if config.sparsity else Uniform()
     sparsities = problem.by_projection(allocation.allocate(problem))
     title = f"calibrating {config.method} at {config.sparsity:.0%}"
-    found = run(_scores(model, units, config), sparsities, title, show_progress)
+    found = run(_scores(model, units, config), sparsities, config, title, show_progress)
     plan = SparsityPlan(
         config=config,
         model_type=model_type_of(model),
@@ -165,6 +172,7 @@ def calibrate(
             "allocation": config.allocation_spec,
             "refinement": config.refinement_spec,
             "correction": config.correction_spec,
+            "rounding": config.rounding_spec or "none",
             "rotation": rotation_of(model),
         },
         layers=found.plans(),

@@ -24,6 +24,7 @@ from wina.config import SparsityConfig
 from wina.corrections import Products, Terms
 from wina.errors import CalibrationError, UnsupportedModelError
 from wina.experts import ExpertsCalibrator
+from wina.kernels.quantization import QuantizedWeight
 from wina.methods import METHODS
 from wina.mlp import recognise_gated_mlp
 from wina.offload import device_of, forward_replaced, weight_of
@@ -31,8 +32,8 @@ from wina.plan import ProjectionPlan, weight_sample
 from wina.prefill import Prefill
 from wina.progress import Advance, progress
 from wina.projections import Projection, decoder_of, linear_of
-from wina.scores import ChannelScores, rounded
-from wina.statistics import ScoreHistogram
+from wina.scores import ChannelScores
+from wina.statistics import ScoreHistogram, second_moments
 
 # Tokens whose activations are alive at once. More calibration tokens than this are taken in
 # several passes, at first with cut-offs from the first chunk.
@@ -110,7 +111,7 @@ class Calibrator:
         def before(layer: Layer) -> Any:
             def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
                 masked = arguments[0] if layer.fed else layer.see(arguments[0])
-                layer.round_weight()
+                layer.round_weight(masked)
                 advance()
                 return (masked, *arguments[1:])
 
@@ -167,6 +168,8 @@ class Layer:
         self.prefill = Prefill(1.0, config.sink_tokens)
         self.sequential = config.statistics == "sequential"
         self.weight_dtype = config.weight_dtype
+        self.rounding = config.make_rounding()
+        self.weight: QuantizedWeight | None = None  # where the rounding looks at inputs
         self.original: Tensor | None = None
         self.histogram = ScoreHistogram()
         self.threshold: Tensor | None = None
@@ -180,11 +183,31 @@ class Layer:
         self.fed = False  # its scores come from the gate, not from its own input
         self.rows_of: Layer | None = None  # its outputs are dropped with that layer's inputs
 
-    def round_weight(self) -> None:
-        """Let the module compute with the weight that it will have, until :meth:`put_back`."""
-        if self.weight_dtype is not None:
-            self.original = self.module.weight.data
-            self.module.weight.data = rounded(self.original, self.weight_dtype)
+    def round_weight(self, x: Tensor) -> None:
+        """Let the module compute with the weight that it will have, until :meth:`put_back`.
+
+        Args:
+            x: the inputs [B, S, K] that it is about to get, masked. A rounding looks at the first
+                ones, at those of all tokens of a chunk.
+        """
+        if self.rounding is None or self.weight_dtype is None:
+            return
+        self.original = self.module.weight.data
+        if self.rounding.looks and self.weight is None:
+            copies = 2 if self.correction.compares else 1
+            moments = second_moments(x.chunk(copies)[-1])
+            try:
+                self.weight = self.rounding.round(self.original, moments, self.weight_dtype)
+            except CalibrationError as error:
+                raise CalibrationError(f"{self.projection.name}: {error}") from None
+        self.module.weight.data = self._in_use(self.original)
+
+    def _in_use(self, weight: Tensor) -> Tensor:
+        """The weight [N, K] as the sparse model will have it, in its own dtype."""
+        if self.rounding is None or self.weight_dtype is None:
+            return weight
+        found = self.weight or self.rounding.round(weight, None, self.weight_dtype)
+        return found.dequantize().t().to(weight.dtype)
 
     def put_back(self) -> None:
         """Give the module its own weight again, the very same tensor."""
@@ -262,7 +285,7 @@ class Layer:
     def set_terms(self) -> None:
         """Take the correction from the products seen so far."""
         if self.fit is not None:
-            self.terms = self.fit.terms(rounded(weight_of(self.module), self.weight_dtype))
+            self.terms = self.fit.terms(self._in_use(weight_of(self.module)))
 
     def plan(self) -> ProjectionPlan:
         """What was found."""
@@ -277,4 +300,5 @@ class Layer:
             threshold=self.threshold.cpu(),
             sample=weight_sample(weight_of(self.module)),
             terms=(self.terms or Terms()).cpu(),
+            weight=None if self.weight is None else self.weight.cpu(),
         )

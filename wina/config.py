@@ -17,6 +17,7 @@ from wina.prefill import Prefill, parse_prefill
 from wina.refinement import NO_REFINEMENT, REFINEMENTS, Refinement
 from wina.registry import create
 from wina.rotation import NO_ROTATION, ROTATIONS
+from wina.rounding import ROUNDINGS, USUAL_ROUNDING, Rounding
 from wina.selectors import SELECTORS, Selector
 
 MASKS = ("projection", "group")
@@ -46,8 +47,10 @@ class SparsityConfig:
         window: tokens in one calibration sequence.
         seed: of everything random.
         weight_dtype: ``"int8"`` or ``"int4"`` keeps the projections' weights in that width
-            (:mod:`wina.kernels.quantization`); None leaves them as they are. Criteria, thresholds
-            and statistics are those of the rounded weights.
+            (:mod:`wina.kernels.quantization`); None leaves them as they are. Statistics and
+            thresholds are those of the rounded weights.
+        rounding: overrides the width's: how integers are found, ``"nearest"`` (int8's) or
+            ``"gptq"`` (int4's), which looks at the calibration text as well.
         rotation: overrides the method's: what :func:`wina.rotate` must have done to the model, or
             ``"none"``, which asks for nothing.
     """
@@ -67,6 +70,7 @@ class SparsityConfig:
     window: int = 512
     seed: int = 0
     weight_dtype: str | None = None
+    rounding: str | None = None
     rotation: str | None = None
 
     def __post_init__(self) -> None:
@@ -87,6 +91,12 @@ class SparsityConfig:
         _check_choice("mask", self.mask, MASKS)
         if self.weight_dtype is not None:
             _check_choice("weight_dtype", self.weight_dtype, tuple(FORMATS))
+        elif self.rounding is not None:
+            raise ConfigError(
+                f"rounding {self.rounding!r} needs a width to round to: set weight_dtype to "
+                f"{' or '.join(repr(name) for name in FORMATS)}"
+            )
+        self.make_rounding()
         _check_choice("statistics", self.statistics, STATISTICS)
         self.make_criterion()
         if self.rotation_spec != NO_ROTATION:
@@ -152,6 +162,11 @@ class SparsityConfig:
         """The refinement in use: the field, or else the method's."""
         return self.refinement or METHODS[self.method].refinement
 
+    @property
+    def rounding_spec(self) -> str | None:
+        """The rounding in use: the field, or else the width's; None for weights as they are."""
+        return self.rounding or (self.weight_dtype and USUAL_ROUNDING[self.weight_dtype])
+
     def make_criterion(self, role: str = "") -> Criterion:
         """The criterion of a projection, by the last part of its name."""
         return create(CRITERIA, self.criterion or METHODS[self.method].criterion_of(role))
@@ -167,6 +182,10 @@ class SparsityConfig:
     def make_refinement(self) -> Refinement:
         """The refinement."""
         return create(REFINEMENTS, self.refinement_spec)
+
+    def make_rounding(self) -> Rounding | None:
+        """The rounding, None for weights as they are."""
+        return create(ROUNDINGS, self.rounding_spec) if self.rounding_spec else None
 
     def make_selector(self) -> Selector:
         """The selector."""

@@ -205,7 +205,8 @@ def apply_plan(
         else type(config).from_dict({**config.to_dict(), "prefill": prefill}).make_prefill()
     )
     patch = Patch(plan, Control(protocol, backend))
-    rounds = config.weight_dtype is not None
+    rounding = config.make_rounding()
+    rounds = rounding is not None
     title = f"rounding weights to {config.weight_dtype}"
     # From here on the model knows what was done to it, so that an undoing that is interrupted in
     # its turn can be finished by `restore`.
@@ -232,11 +233,14 @@ def apply_plan(
                     config.make_selector(), patch.control,
                 )  # fmt: skip
                 sparse: SparseLinear
-                if config.weight_dtype is None:
+                if config.weight_dtype is None or rounding is None:
                     sparse = SparseLinear(*settings, layer.terms)
                     _lay(patch, sparse)
                 else:
-                    sparse = QuantizedSparseLinear(*settings, config.weight_dtype, layer.terms)
+                    weight = layer.weight or rounding.round(
+                        original.weight, None, config.weight_dtype
+                    )
+                    sparse = QuantizedSparseLinear(*settings, weight, layer.terms)
                 _replace(patch, parent, leaf, original, sparse)
                 advance()
         for name in plan.expert_modules:

@@ -28,6 +28,7 @@ from wina.corrections import Terms
 from wina.errors import PlanError, WinaError
 from wina.experts import recognise_experts
 from wina.files import read_json, write_together
+from wina.kernels.quantization import FORMATS, QuantizedWeight, check_layout
 from wina.projections import Projection
 from wina.rotation import NO_ROTATION, rotation_of
 
@@ -58,6 +59,8 @@ class ProjectionPlan:
         threshold: τ/c, [K] float32.
         sample: a few weights, by which the model is recognised, float32.
         terms: the correction, in float32.
+        weight: the rounded weight, where calibration found it; None for a weight that is in use
+            as it is or, with a ``weight_dtype``, rounded to the nearest when a model is patched.
     """
 
     projection: Projection
@@ -67,6 +70,7 @@ class ProjectionPlan:
     threshold: Tensor
     sample: Tensor
     terms: Terms = field(default_factory=Terms)
+    weight: QuantizedWeight | None = None
 
     def check(self) -> None:
         """Raise :class:`PlanError`, with the field's name, for a value that means nothing.
@@ -212,6 +216,9 @@ class SparsityPlan:
             tensors[f"{name}.sample"] = layer.sample.contiguous()
             for term, tensor in layer.terms.tensors().items():
                 tensors[f"{name}.correction.{term}"] = tensor.contiguous()
+            if layer.weight is not None:
+                tensors[f"{name}.packed"] = layer.weight.packed
+                tensors[f"{name}.scales"] = layer.weight.scales
         for name, experts in self.experts.items():
             for key in _EXPERT_TENSORS:
                 tensors[f"{name}.{key}"] = getattr(experts, key).contiguous()
@@ -294,6 +301,7 @@ class SparsityPlan:
 
     @classmethod
     def _parse(cls, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SparsityPlan:
+        config = _parse_config(document["config"])
         layers = {}
         for row in document["projections"]:
             name = _typed(row, "name", str)
@@ -316,10 +324,11 @@ class SparsityPlan:
                 threshold=tensors[f"{name}.threshold"],
                 sample=tensors[f"{name}.sample"],
                 terms=terms,
+                weight=_parse_weight(projection, config, tensors),
             )
             layers[name].check()
         return cls(
-            config=SparsityConfig.from_dict(document["config"]),
+            config=config,
             model_type=_typed(document, "model_type", str),
             calibration=_typed(document, "calibration", dict),
             layers=layers,
@@ -327,6 +336,28 @@ class SparsityPlan:
                 row["name"]: _parse_experts(row, tensors) for row in document.get("experts", ())
             },
         )
+
+
+def _parse_config(settings: Mapping[str, Any]) -> SparsityConfig:
+    """The settings; plans of before :mod:`wina.rounding` were made for weights rounded plainly."""
+    if settings.get("weight_dtype") is not None:
+        settings = {"rounding": "nearest", **settings}
+    return SparsityConfig.from_dict(settings)
+
+
+def _parse_weight(
+    projection: Projection, config: SparsityConfig, tensors: Mapping[str, Tensor]
+) -> QuantizedWeight | None:
+    rounding = config.make_rounding()
+    if config.weight_dtype is None or rounding is None or not rounding.looks:
+        return None
+    packed, scales = (tensors[f"{projection.name}.{leaf}"] for leaf in ("packed", "scales"))
+    bits = FORMATS[config.weight_dtype].bits
+    try:
+        check_layout(packed, scales, projection.in_features, projection.out_features, bits)
+    except ValueError as error:
+        raise PlanError(f"{projection.name}: {error}") from None
+    return QuantizedWeight(packed, scales, projection.out_features, bits)
 
 
 def _parse_experts(row: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExpertsPlan:

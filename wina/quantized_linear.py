@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from wina.corrections import Terms
 from wina.group import scales
 from wina.kernels.dispatch import Choice, LayerSpec, choose
-from wina.kernels.quantization import QuantizedWeight, quantize
+from wina.kernels.quantization import QuantizedWeight
 from wina.linear import Control, SparseLinear
 from wina.selectors import Selector
 
@@ -36,14 +36,14 @@ class QuantizedSparseLinear(SparseLinear):
         sparsity: float,
         selector: Selector,
         control: Control,
-        weight_dtype: str,
+        rounded: QuantizedWeight,
         terms: Terms | None = None,
     ) -> None:
-        rounded = quantize(original.weight.t(), weight_dtype)
         super().__init__(original, name, threshold, sparsity, selector, control, terms)
         self.bits = rounded.bits
-        self.register_buffer("packed", rounded.packed)
-        self.register_buffer("scales", rounded.scales)
+        device = self.like.device
+        self.register_buffer("packed", rounded.packed.to(device))
+        self.register_buffer("scales", rounded.scales.to(device))
 
     def _hold(self, original: nn.Linear) -> None:
         # Follows casts of the model: neither integers nor scales tell what x will be.

@@ -16,6 +16,9 @@ from wina.errors import CalibrationError
 # depend on the layer.
 _NORM_CHUNK = 1 << 22
 
+# Hidden states widened to float32 at a time.
+_ROWS = 2048
+
 # float32 bit patterns without the sign, truncated to 8 exponent and 7 mantissa bits.
 _SHIFT = 16
 _BINS = 1 << 15
@@ -39,6 +42,16 @@ def column_norms(weights: Sequence[Tensor], p: float = 2.0) -> Tensor:
         for chunk in weight.detach().split(rows):
             total += chunk.to(torch.float64).abs().pow_(p).sum(0)
     return total.pow_(1.0 / p).to(torch.float32)
+
+
+def second_moments(x: Tensor) -> Tensor:
+    """Σ x·xᵀ over hidden states [..., K]: [K, K] float32."""
+    K = x.shape[-1]
+    total = torch.zeros((K, K), dtype=torch.float32, device=x.device)
+    for rows in x.detach().reshape(-1, K).split(_ROWS):
+        wide = rows.to(torch.float32)
+        total.addmm_(wide.t(), wide)
+    return total
 
 
 class ScoreHistogram:
