@@ -140,6 +140,13 @@ def calibrate(
     tokens: Annotated[int, typer.Option(help="Calibration tokens to read.")] = 8192,
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            help="How integers are found: nearest, or gptq, which takes longer and whose plan "
+            "holds the weights; default: gptq for int4, nearest for int8."
+        ),
+    ] = None,
     offload: Annotated[
         Path | None,
         typer.Option(
@@ -171,6 +178,7 @@ def calibrate(
         mask=mask,
         calibration_tokens=tokens,
         weight_dtype=weight_dtype,
+        rounding=rounding,
     )
     loaded, tokenizer = load_model(model, dtype, trust_remote_code, offload=offload)
     texts = documents_of(text)

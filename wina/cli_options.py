@@ -32,8 +32,8 @@ Sparsity = Annotated[float, typer.Option(help="Share of input channels to drop, 
 WeightDtype = Annotated[
     str | None,
     typer.Option(
-        help="Keep the projections' weights as int8 or int4, rounded when patched; "
-        "default: as loaded."
+        help="Keep the projections' weights as int8 (to the nearest) or int4 (GPTQ while "
+        "calibrating, see --rounding of `wina calibrate`); default: as loaded."
     ),
 ]
 HeadDtype = Annotated[

@@ -137,7 +137,7 @@ def model_card(
         "prefill": config.prefill,
         "weights": str(dtype).removeprefix("torch.")
         if config.weight_dtype is None
-        else f"rounded to {config.weight_dtype} when loaded",
+        else f"in {config.weight_dtype} once loaded, rounded by {config.rounding_spec}",
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return f"""---

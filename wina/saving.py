@@ -7,8 +7,9 @@ the sparse model back (:mod:`wina.integrations.transformers`); elsewhere transfo
 skips an unknown method, and gives a dense model.
 
 Weights that are kept in 8 or 4 bits are saved as floats: the original ones where they were kept,
-else the rounded ones. They are rounded again when they are loaded, which gives the same values
-back (in 16 bits and int8 now and then a scale that is one step off).
+else the rounded ones. Loaded, they are replaced by the integers of the plan where calibration found
+them (:mod:`wina.rounding`); else they are rounded again, which gives the same values back (in 16
+bits and int8 now and then a scale that is one step off).
 """
 
 from __future__ import annotations
