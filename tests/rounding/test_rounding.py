@@ -22,6 +22,7 @@ from wina.plan import _digest
 from wina.quantized_linear import QuantizedSparseLinear
 from wina.registry import create
 from wina.rounding import GPTQ, ROUNDINGS, USUAL_ROUNDING
+from wina.rounding.gptq import _BLOCK
 from wina.statistics import second_moments
 
 
@@ -70,28 +71,28 @@ def test_gptq_of_uncorrelated_inputs_is_nearest(scale: float, dtype: str) -> Non
     assert same(GPTQ().round(weight, energies, dtype), nearest(weight.t(), dtype))
 
 
-def test_gptq_is_the_greedy_elimination_of_its_definition() -> None:
+@pytest.mark.parametrize("K", [1, 24, 70])
+def test_gptq_is_the_greedy_elimination_of_its_definition(K: int) -> None:
     """One channel at a time, with the inverse of what is left of H computed anew, in float64."""
-    K, N, damp = 24, 40, 0.02  # fewer channels than share a choice of scales
+    N, damp = 40, 0.02
     weight, form = torch.randn(N, K), FORMATS["int4"]
     H = second_moments(correlated(K)).double()
     order = H.diagonal().argsort(descending=True).tolist()
-    found = GPTQ(damp=damp).round(weight, H.float(), "int4").dequantize()
+    found = GPTQ(damp=damp).round(weight, H.float(), "int4").dequantize().double()
     H += damp * H.diagonal().mean() * torch.eye(K)
-    rest = weight.t().double()
-    scales = choose_scales(grouped(weight.t()), form)[:, 0].double()
+    rest, missed = weight.t().double(), 0
     for place, j in enumerate(order):
-        q = (rest[j] / scales[j]).round().clamp(form.lowest, form.highest)
-        want = q * scales[j]
-        # A tie may fall either way in float32.
-        torch.testing.assert_close(
-            found[j].double(), want, rtol=0.0, atol=1.01 * abs(float(scales[j]))
-        )
-        assert (found[j].double() - want).abs().gt(1e-6).float().mean() < 0.05
+        if place % _BLOCK == 0:  # these choose their scales together
+            block = order[place : place + _BLOCK]
+            chosen = choose_scales(grouped(rest[block].float()), form)[:, 0]
+            scales = dict(zip(block, chosen.tolist(), strict=True))
+        want = (rest[j] / scales[j]).round().clamp(form.lowest, form.highest) * scales[j]
+        missed += int((found[j] - want).abs().gt(1e-6).sum())
         inverse = H[order[place:]][:, order[place:]].inverse()
-        error = (rest[j] - found[j].double()) / inverse[0, 0]
+        error = (rest[j] - found[j]) / inverse[0, 0]
         for step, i in enumerate(order[place + 1 :], 1):
             rest[i] -= error * inverse[0, step]
+    assert missed <= 0.002 * N * K  # a tie may fall either way in float32
 
 
 def test_a_wide_projection_is_compensated_in_parts() -> None:
