@@ -67,7 +67,8 @@ def calibrate(
         texts: strings, a column of a dataset, or token ids; the bundled text by default.
         show_progress: draw a progress bar on stderr.
         measurements: where allocation policies keep what they measured, for calibrations of this
-            model with this text at other sparsities and with other selectors.
+            model with this text at other sparsities and with other selectors, and where rounded
+            weights are kept, for a calibration that was interrupted.
         offloaded: also calibrate projections whose weights accelerate brings in for every call (a
             ``device_map`` with ``cpu`` or ``disk``): for models larger than memory, one projection
             of which is there at a time, and one block for gradients. They cannot be sparsified
@@ -122,7 +123,7 @@ def calibrate(
         title: str = "",
         show: bool = False,
     ) -> Calibrator:
-        calibrator = Calibrator(model, projections, scores, sparsities, config)
+        calibrator = Calibrator(model, projections, scores, sparsities, config, measurements)
         # Policies divide the budget over projections; experts have the share that was asked for.
         sequential = config.statistics == "sequential"
         calibrator.experts = {

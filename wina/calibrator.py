@@ -12,7 +12,9 @@ the two halves of one batch, and only the second half is masked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -20,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wina.allocation.measurements import Measurements
 from wina.config import SparsityConfig
 from wina.corrections import Products, Terms
 from wina.errors import CalibrationError, UnsupportedModelError
 from wina.experts import ExpertsCalibrator
-from wina.kernels.quantization import QuantizedWeight
+from wina.kernels.quantization import FORMATS, QuantizedWeight
 from wina.methods import METHODS
 from wina.mlp import recognise_gated_mlp
 from wina.offload import device_of, forward_replaced, weight_of
@@ -50,16 +53,21 @@ class Calibrator:
         scores: Mapping[str, ChannelScores],
         sparsities: Mapping[str, float],
         config: SparsityConfig,
+        measurements: Measurements | None = None,
     ) -> None:
         self.decoder = decoder_of(model)
         self.prefill = Prefill(1.0, config.sink_tokens)
         self.experts: dict[str, ExpertsCalibrator] = {}
         self.copies = 2 if config.make_correction().compares else 1
         self.layers = {}
+        shares = hashlib.sha256(json.dumps(dict(sparsities), sort_keys=True).encode()).hexdigest()
         for projection in projections:
             name = projection.name
             module = linear_of(model, name)
             self.layers[name] = Layer(projection, module, scores[name], sparsities[name], config)
+            if measurements is not None:
+                about = {"rounded": name, "config": config.to_dict(), "sparsities": shares}
+                self.layers[name].kept = partial(measurements.tensors, about)
         self.gates = self._gates(model) if METHODS[config.method].gate_mask else []
 
     def _gates(self, model: nn.Module) -> list[tuple[nn.Module, Layer]]:
@@ -150,6 +158,11 @@ class Calibrator:
                 self.decoder(input_ids=twice.to(device), use_cache=False)
 
 
+def _anew(measure: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """Nothing is kept."""
+    return measure()
+
+
 class Layer:
     """One projection while it is calibrated."""
 
@@ -169,7 +182,8 @@ class Layer:
         self.sequential = config.statistics == "sequential"
         self.weight_dtype = config.weight_dtype
         self.rounding = config.make_rounding()
-        self.weight: QuantizedWeight | None = None  # where the rounding looks at inputs
+        self.weight: QuantizedWeight | None = None  # on the CPU, where the rounding looks at inputs
+        self.kept: Callable[[Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]] = _anew
         self.original: Tensor | None = None
         self.histogram = ScoreHistogram()
         self.threshold: Tensor | None = None
@@ -194,20 +208,29 @@ class Layer:
             return
         self.original = self.module.weight.data
         if self.rounding.looks and self.weight is None:
-            copies = 2 if self.correction.compares else 1
-            moments = second_moments(x.chunk(copies)[-1])
-            try:
-                self.weight = self.rounding.round(self.original, moments, self.weight_dtype)
-            except CalibrationError as error:
-                raise CalibrationError(f"{self.projection.name}: {error}") from None
+            found = self.kept(partial(self._rounded_for, x))
+            columns, bits = self.projection.out_features, FORMATS[self.weight_dtype].bits
+            self.weight = QuantizedWeight(found["packed"], found["scales"], columns, bits)
         self.module.weight.data = self._in_use(self.original)
+
+    def _rounded_for(self, x: Tensor) -> dict[str, Tensor]:
+        """The fields of the weight that the rounding finds for inputs x [B, S, K]."""
+        assert self.rounding is not None
+        assert self.weight_dtype is not None
+        copies = 2 if self.correction.compares else 1
+        moments = second_moments(x.chunk(copies)[-1])
+        try:
+            found = self.rounding.round(self.module.weight.data, moments, self.weight_dtype).cpu()
+        except CalibrationError as error:
+            raise CalibrationError(f"{self.projection.name}: {error}") from None
+        return {"packed": found.packed, "scales": found.scales}
 
     def _in_use(self, weight: Tensor) -> Tensor:
         """The weight [N, K] as the sparse model will have it, in its own dtype."""
         if self.rounding is None or self.weight_dtype is None:
             return weight
         found = self.weight or self.rounding.round(weight, None, self.weight_dtype)
-        return found.dequantize().t().to(weight.dtype)
+        return found.dequantize().t().to(weight)
 
     def put_back(self) -> None:
         """Give the module its own weight again, the very same tensor."""
@@ -300,5 +323,5 @@ class Layer:
             threshold=self.threshold.cpu(),
             sample=weight_sample(weight_of(self.module)),
             terms=(self.terms or Terms()).cpu(),
-            weight=None if self.weight is None else self.weight.cpu(),
+            weight=self.weight,
         )

@@ -158,8 +158,8 @@ def calibrate(
     measurements: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for what the allocation measures; another run finds it there, one that "
-            "was stopped or has another sparsity."
+            help="Folder for what the allocation measures and for weights rounded by gptq: a run "
+            "that was stopped finds them there, and one at another sparsity the measurements."
         ),
     ] = None,
     json_output: Json = False,
@@ -212,7 +212,7 @@ def _kept(folder: Path | None, model: nn.Module, texts: list[str] | None) -> Mea
         sample = weight_sample(weight_of(linear_of(model, projection.name)))
         weights.update(projection.name.encode() + sample.numpy().tobytes())
     text = "bundled" if texts is None else digest(texts)
-    return Measurements(0.0, folder, {"model": weights.hexdigest(), "text": text})
+    return Measurements(0.0, folder, {"model": weights.hexdigest(), "text": text}, large=True)
 
 
 @app.command()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import config, logits, plan_for
+from conftest import CALIBRATION, config, logits, plan_for
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import wina
 import wina.calibrator
+from wina.allocation import Measurements
 from wina.errors import CalibrationError, ConfigError, PlanError, UnknownNameError
 from wina.kernels.quantization import FORMATS, GROUP, QuantizedWeight, choose_scales, grouped
 from wina.kernels.quantization import quantize as nearest
@@ -234,3 +236,51 @@ def test_groups_are_cut_and_filled() -> None:
     assert found.shape == (3, 2, GROUP)
     assert torch.equal(found.flatten(1)[:, : GROUP + 2], rows)
     assert not found.flatten(1)[:, GROUP + 2 :].any()
+
+
+def test_an_interrupted_calibration_goes_on(
+    llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(method="wina", weight_dtype="int4", calibration_tokens=512, window=64)
+    calls: list[str] = []
+    stop_after = 5
+    original = GPTQ.round
+
+    def counted(self: GPTQ, weight: Tensor, moments: Tensor | None, dtype: str) -> QuantizedWeight:
+        if len(calls) == stop_after:
+            raise KeyboardInterrupt
+        calls.append(dtype)
+        return original(self, weight, moments, dtype)
+
+    def calibrate(large: bool = True, **more: object) -> wina.SparsityPlan:
+        kept = Measurements(0.0, tmp_path, {"model": "m"}, large=large)
+        wanted = replace(settings, **more)  # type: ignore[arg-type]
+        return wina.calibrate(llama, None, wanted, CALIBRATION, False, kept)
+
+    want = wina.calibrate(llama, None, settings, CALIBRATION, False)
+    projections = len(want.layers)
+    monkeypatch.setattr(GPTQ, "round", counted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate()
+    calls.clear()
+    stop_after = 1000
+    found = calibrate()
+    assert len(calls) == projections - 5
+    for name, layer in found.layers.items():
+        other = want.layers[name]
+        assert layer.weight is not None
+        assert other.weight is not None
+        assert same(layer.weight, other.weight)
+        assert torch.equal(layer.threshold, other.threshold)
+    calls.clear()
+    next(tmp_path.glob("*.safetensors")).write_bytes(b"damaged")
+    calibrate()
+    assert len(calls) == 1
+    calls.clear()
+    calibrate(sparsity=0.3)
+    assert len(calls) == projections  # other masks, other inputs
+    calls.clear()
+    files = len(list(tmp_path.iterdir()))
+    calibrate(large=False, sparsity=0.2)
+    assert len(calls) == projections
+    assert len(list(tmp_path.iterdir())) == files

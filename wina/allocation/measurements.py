@@ -1,7 +1,8 @@
-"""What allocation policies have measured, kept for the next budget.
+"""What calibration has measured, kept for the next budget, or for a run that was interrupted.
 
-A policy looks at a model once and can then divide any budget; calibrations at several sparsities
-share what it saw. Values are JSON, so that an interrupted run finds them in its folder.
+An allocation policy looks at a model once and can then divide any budget; calibrations at several
+sparsities share what it saw. Rounded weights serve the same calibration alone. Values are JSON and
+safetensors files.
 """
 
 from __future__ import annotations
@@ -11,6 +12,11 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as safetensors_load
+from safetensors.torch import save as safetensors_save
+from torch import Tensor
 
 from wina.files import read_json, write_atomically
 
@@ -23,11 +29,17 @@ class Measurements:
             budget walks so far at once.
         folder: where they are kept, None for memory only.
         identity: what the caller knows of the model and the text; others' files are not read.
+        large: keep tensors in the folder as well, which takes about the room of a plan each time.
     """
 
     def __init__(
-        self, reach: float, folder: Path | None = None, identity: Mapping[str, Any] | None = None
+        self,
+        reach: float,
+        folder: Path | None = None,
+        identity: Mapping[str, Any] | None = None,
+        large: bool = False,
     ) -> None:
+        self.large = large
         self.reach = reach
         self.folder = folder
         self.identity = dict(identity or {})
@@ -40,19 +52,52 @@ class Measurements:
             about: what it depends on, JSON-ready.
             measure: gives a JSON-ready value.
         """
-        document = {**self.identity, **about}
-        text = json.dumps(document, sort_keys=True)
-        key = hashlib.sha256(text.encode()).hexdigest()[:32]
+        document, key = self._named(about)
         if key not in self._known:
             self._known[key] = self._read(key, document)
         if self._known[key] is None:
             value = measure()
             self._known[key] = value
-            if self.folder is not None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                saved = json.dumps({"about": document, "value": value}, indent=1)
-                write_atomically(self.folder / f"{key}.json", saved.encode())
+            self._write(key, document, value)
         return self._known[key]
+
+    def tensors(
+        self, about: Mapping[str, Any], measure: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """Named tensors on the CPU that ``about`` names, found now unless the folder has them.
+
+        They are not kept in memory, and nowhere unless ``large``.
+        """
+        if self.folder is None or not self.large:
+            return measure()
+        document, key = self._named(about)
+        path = self.folder / f"{key}.safetensors"
+        # The file's name says what it depends on; the hash within, that it is whole.
+        known = self._read(key, document)
+        try:
+            blob = path.read_bytes() if isinstance(known, str) else b""
+            if hashlib.sha256(blob).hexdigest() == known:
+                return safetensors_load(blob)
+        except (OSError, SafetensorError):
+            pass
+        found = measure()
+        blob = safetensors_save({name: tensor.contiguous() for name, tensor in found.items()})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, blob)
+        self._write(key, document, hashlib.sha256(blob).hexdigest())
+        return found
+
+    def _named(self, about: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+        """All that a value depends on, and the name of its file."""
+        document = {**self.identity, **about}
+        text = json.dumps(document, sort_keys=True)
+        return document, hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _write(self, key: str, document: Mapping[str, Any], value: Any) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            saved = json.dumps({"about": document, "value": value}, indent=1)
+            write_atomically(self.folder / f"{key}.json", saved.encode())
 
     def _read(self, key: str, document: Mapping[str, Any]) -> Any:
         if self.folder is None:
