@@ -71,6 +71,7 @@ def profile_rows(
             if sparsity is not None:
                 config = SparsityConfig(
                     method=method, sparsity=sparsity, weight_dtype=width,
+                    rounding=width and "nearest",  # quick, and the time is that of any integers
                     calibration_tokens=_CALIBRATION_TOKENS,
                 )  # fmt: skip
                 texts = None if tokenizer else calibration_texts(model)
