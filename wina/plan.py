@@ -340,7 +340,7 @@ class SparsityPlan:
 
 def _parse_config(settings: Mapping[str, Any]) -> SparsityConfig:
     """The settings; plans of before :mod:`wina.rounding` were made for weights rounded plainly."""
-    if settings.get("weight_dtype") is not None:
+    if isinstance(settings, Mapping) and settings.get("weight_dtype") is not None:
         settings = {"rounding": "nearest", **settings}
     return SparsityConfig.from_dict(settings)
 

@@ -37,7 +37,8 @@ class ChannelScores:
         criterion: gives c.
         selector: gives the cut-off and the factor of each token.
         seed: of the criterion's randomness.
-        weight_dtype: what the weights will be rounded to; the criterion sees the rounded ones.
+        weight_dtype: what the weights will be rounded to; the criterion sees them rounded to the
+            nearest, whatever the rounding: others need masks, which need the criterion.
     """
 
     def __init__(

@@ -201,6 +201,19 @@ def test_plans_of_before_roundings_could_be_chosen(llama: nn.Module, tmp_path: P
     wina.sparsify(llama, found)
 
 
+@pytest.mark.parametrize("settings", [[], "int4", None, {"weight_dtype": 8}, {"weight_dtype": []}])
+def test_settings_that_are_none_are_refused(
+    llama: nn.Module, tmp_path: Path, settings: object
+) -> None:
+    plan_for(llama, weight_dtype="int4").save(tmp_path / "new")
+    document = json.loads((tmp_path / "new" / "plan.json").read_text())
+    document["config"] = settings
+    tensors = load_file(tmp_path / "new" / "plan.safetensors")
+    rewrite(tmp_path / "new", tmp_path / "altered", tensors, document)
+    with pytest.raises(PlanError, match="malformed"):
+        wina.SparsityPlan.load(tmp_path / "altered")
+
+
 def rewrite(
     source: Path,
     folder: Path,
