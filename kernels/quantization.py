@@ -136,16 +136,21 @@ def quantize(weight: Tensor, dtype: str) -> QuantizedWeight:
     scales = torch.empty((K, scales_of(N)), dtype=torch.bfloat16, device=weight.device)
     rows = max(1, _CHUNK // max(1, N))
     for first in range(0, K, rows):
-        chunk = weight[first : first + rows].detach().to(torch.float32)
-        if not chunk.isfinite().all():
-            raise ConfigError(f"the weight holds NaN or Inf: it cannot be rounded to {dtype}")
-        groups = grouped(chunk)
+        groups = grouped(finite_rows(weight[first : first + rows], dtype))
         scale = choose_scales(groups, form)
         q = integers(groups, scale.unsqueeze(-1), form).to(torch.int8)
         part = from_groups(scale, q, N, form)
         packed[first : first + rows] = part.packed
         scales[first : first + rows] = part.scales
     return QuantizedWeight(packed, scales, N, form.bits)
+
+
+def finite_rows(rows: Tensor, dtype: str) -> Tensor:
+    """Rows of a weight in float32; NaN or Inf raises :class:`ConfigError`."""
+    wide = rows.detach().to(torch.float32)
+    if not wide.isfinite().all():
+        raise ConfigError(f"the weight holds NaN or Inf: it cannot be rounded to {dtype}")
+    return wide
 
 
 def grouped(rows: Tensor) -> Tensor:

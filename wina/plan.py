@@ -171,8 +171,14 @@ class SparsityPlan:
                 f"{rotation_of(model)!r}: see wina.rotate and wina.unrotate"
             )
         modules = dict(model.named_modules())
+        rounding = self.config.make_rounding()
         for name, layer in self.layers.items():
             layer.check()
+            if rounding is not None and rounding.looks and layer.weight is None:
+                raise PlanError(
+                    f"the plan has no rounded weight for {name}: calibrate with rounding "
+                    f"{self.config.rounding_spec!r}, or set rounding='nearest'"
+                )
             module = modules.get(name)
             if not isinstance(module, nn.Linear):
                 raise PlanError(f"the plan names {name}, which is no linear layer of this model")

@@ -190,6 +190,14 @@ def test_a_plan_without_its_integers_is_refused(llama: nn.Module, tmp_path: Path
             wina.SparsityPlan.load(folder)
 
 
+def test_another_width_for_a_plan_needs_its_integers(llama: nn.Module) -> None:
+    plan = plan_for(llama)
+    other = replace(plan, config=replace(plan.config, weight_dtype="int4"))
+    with pytest.raises(PlanError, match=r"no rounded weight for .*set rounding='nearest'"):
+        wina.sparsify(llama, other)
+    wina.sparsify(llama, replace(plan, config=replace(other.config, rounding="nearest")))
+
+
 def test_plans_of_before_roundings_could_be_chosen(llama: nn.Module, tmp_path: Path) -> None:
     plan_for(llama, weight_dtype="int4", rounding="nearest").save(tmp_path / "new")
     document = json.loads((tmp_path / "new" / "plan.json").read_text())

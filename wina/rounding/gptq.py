@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wina.errors import CalibrationError, ConfigError
+from wina.errors import CalibrationError
 from wina.kernels.quantization import (
     FORMATS,
     IntegerFormat,
     QuantizedWeight,
     choose_scales,
+    finite_rows,
     from_groups,
     grouped,
     integers,
@@ -49,9 +50,7 @@ class GPTQ(Rounding):
         """See :meth:`Rounding.round`; a channel without inputs is rounded to the nearest."""
         assert moments is not None
         form = FORMATS[dtype]
-        rows = weight.detach().t().to(torch.float32)
-        if not rows.isfinite().all():
-            raise ConfigError(f"the weight holds NaN or Inf: it cannot be rounded to {dtype}")
+        rows = finite_rows(weight.t(), dtype)
         if not moments.isfinite().all():
             raise CalibrationError("an input of calibration is NaN, Inf, or too large to square")
         parts = -(-len(rows) // self.channels)
