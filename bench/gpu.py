@@ -75,7 +75,7 @@ def print_gpu(rows: Sequence[dict[str, Any]], compared: int, left_out: Sequence[
     console.print(f"{compared} calls equal the definition", highlight=False)
     for title, columns, kernels in (
         ("decode steps, compiled and replayed from a CUDA graph", _STEPS, ("decode step",)),
-        ("per-token cut-offs, one token", _SCALES, ("topk_scale", "mean_scale")),
+        ("per-token cut-offs, one token", _SCALES, ("topk_scale", "mean_scale", "probe_scale")),
         (
             "integer weights, cold, one token",
             _QUANTIZED,

@@ -72,13 +72,16 @@ def _check_scales(x: Tensor, threshold: Tensor, name: str) -> int:
     mean, want = ops.mean_scale(x), reference.mean_scale(x.float())
     compare(f"mean_scale of {name}", mean, want, 1e-5 * want)
     K = x.shape[1]
+    probe = torch.cat([threshold / K, threshold[:1]])
+    factor, want = ops.probe_scale(x, probe, 0.5), reference.probe_scale(x.float(), probe, 0.5)
+    compare(f"probe_scale of {name}", factor, want, 1e-5 * want)
     if K == 1:
-        return 1
+        return 2
     for dropped in {1, K // 2 or 1, K - 1}:
         cut = reference.topk_scale(x, threshold, dropped)
         compare(f"topk_scale ({dropped} dropped) of {name}", ops.topk_scale(x, threshold, dropped),
                  cut, torch.zeros_like(cut))  # fmt: skip
-    return 2
+    return 3
 
 
 def _odd_calls() -> Iterator[tuple[int, int, int, torch.dtype, float]]:

@@ -210,6 +210,11 @@ def bench_scales(device: torch.device, budget: Budget) -> list[dict[str, Any]]:
         ways: dict[str, tuple[Callable[..., object], Callable[..., object], tuple[Any, ...]]] = {
             "topk_scale": (ops.topk_scale, reference.topk_scale, (x, threshold, K // 2)),
             "mean_scale": (ops.mean_scale, reference.mean_scale, (x,)),
+            "probe_scale": (
+                ops.probe_scale,
+                reference.probe_scale,
+                (x, torch.randn(K + 1, device=device), 0.5),
+            ),
         }
         for kernel, (own, definition, arguments) in ways.items():
             if not budget.allows(f"{kernel} of {K} channels", _ROW_S):

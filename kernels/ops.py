@@ -262,6 +262,17 @@ def _check_mean(a: Arguments) -> None:
         )
 
 
+def _check_probe(a: Arguments) -> None:
+    _check_mean(a)
+    if a.probe.shape != (a.x.shape[-1] + 1,) or a.probe.dtype != torch.float32:
+        raise RuntimeError(
+            f"expected probe [{a.x.shape[-1] + 1}] float32 for x {tuple(a.x.shape)}, got "
+            f"{tuple(a.probe.shape)} {a.probe.dtype}"
+        )
+    if not a.limit > 0.0:
+        raise RuntimeError(f"limit must be positive, got {a.limit}")
+
+
 def one_a_token(x: Tensor) -> Tensor:
     """An empty factor of thresholds [...] float32 for x [..., K]."""
     return x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -297,4 +308,7 @@ topk_scale: Callable[..., Tensor] = define(
 )
 mean_scale: Callable[..., Tensor] = define(
     reference.mean_scale, _check_mean, output=lambda a: one_a_token(a.x)
+)
+probe_scale: Callable[..., Tensor] = define(
+    reference.probe_scale, _check_probe, output=lambda a: one_a_token(a.x)
 )

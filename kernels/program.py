@@ -182,6 +182,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
         lambda *a: quantized.dense_rows_operator(*a),
         (REGISTER, CONSTANT, CONSTANT, INTEGER, INTEGER, CONSTANT),
     ),
+    "probe_scale": Instruction(reference.probe_scale, (REGISTER, CONSTANT, NUMBER)),
 }
 _TABLE = tuple(INSTRUCTIONS.values())
 

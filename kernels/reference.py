@@ -183,3 +183,18 @@ def topk_scale(x: Tensor, threshold: Tensor, dropped: int) -> Tensor:
 def mean_scale(x: Tensor) -> Tensor:
     """mean_j |x_j| of every token of x [..., K]: [...] float32."""
     return x.abs().mean(dim=-1, dtype=torch.float32)
+
+
+def probe_scale(x: Tensor, probe: Tensor, limit: float) -> Tensor:
+    """exp(a·x + b) of every token, the exponent within ±limit. A NaN in x gives NaN.
+
+    Args:
+        x: hidden states [..., K].
+        probe: [K + 1] float32: a, then b.
+        limit: of the exponent, positive.
+
+    Returns:
+        [...] float32.
+    """
+    exponent = x.to(torch.float32) @ probe[:-1] + probe[-1]
+    return exponent.clamp(-limit, limit).exp()

@@ -22,7 +22,7 @@ CHEAP_METHODS = [
 
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.65])
-@pytest.mark.parametrize("selector", ["threshold", "relative", "topk"])
+@pytest.mark.parametrize("selector", ["threshold", "relative", "topk", "importance"])
 def test_realised_is_what_was_asked_on_tokens_never_seen(
     llama: nn.Module, sparsity: float, selector: str
 ) -> None:

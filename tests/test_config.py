@@ -14,7 +14,7 @@ from wina.prefill import parse_prefill
 @given(
     method=st.sampled_from([m for m in METHODS if m not in ("dense", "wina-learned")]),
     sparsity=st.floats(0, 0.99),
-    selector=st.sampled_from(["threshold", "relative", "topk"]),
+    selector=st.sampled_from(["threshold", "relative", "topk", "importance"]),
     prefill=st.sampled_from(["dense", "all", "last:0.5", "last:0.99"]),
 )
 def test_round_trip(method: str, sparsity: float, selector: str, prefill: str) -> None:

@@ -171,7 +171,7 @@ def test_restoring_and_moving(llama: nn.Module, tokens: Tensor, calls: list[int]
     assert type(llama.model.layers[0].self_attn.q_proj) is nn.Linear
 
 
-@pytest.mark.parametrize("selector", ["threshold", "topk", "relative"])
+@pytest.mark.parametrize("selector", ["threshold", "topk", "relative", "importance"])
 @pytest.mark.parametrize("model_type", ["qwen2", "gemma3_text", "gpt_neox", "starcoder2"])
 def test_models_decode_as_without_sharing(
     model_type: str, selector: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
@@ -185,7 +185,7 @@ def test_models_decode_as_without_sharing(
     assert torch.equal(together, decode_logits(model, tokens[:, :16]))
 
 
-@pytest.mark.parametrize("selector", ["threshold", "topk", "relative"])
+@pytest.mark.parametrize("selector", ["threshold", "topk", "relative", "importance"])
 def test_compiles_without_a_graph_break(llama: nn.Module, selector: str) -> None:
     wina.sparsify(llama, plan_for(llama, selector=selector))
     step = torch.compile(
@@ -219,7 +219,8 @@ def test_the_compiled_step_calls_the_fused_operator(attention: nn.Module) -> Non
 
 
 @pytest.mark.parametrize(("selector", "operator", "times"), [
-    ("relative", "mean_scale", 4), ("topk", "topk_scale", 7), ("threshold", "mean_scale", 0),
+    ("relative", "mean_scale", 4), ("topk", "topk_scale", 7), ("importance", "probe_scale", 7),
+    ("threshold", "mean_scale", 0),
 ])  # fmt: skip
 def test_what_depends_on_the_hidden_state_alone_is_found_once(
     llama: nn.Module, selector: str, operator: str, times: int, monkeypatch: pytest.MonkeyPatch

@@ -77,7 +77,7 @@ def test_statistical_keeps_what_lies_above_mean_and_spread(sparsity: float) -> N
 
 
 def test_names() -> None:
-    assert set(SELECTORS) == {"threshold", "relative", "topk", "statistical"}
+    assert set(SELECTORS) == {"threshold", "relative", "topk", "statistical", "importance"}
     assert isinstance(create(SELECTORS, "topk"), TopK)
 
 

@@ -20,6 +20,7 @@ from wina.calibrator import Calibrator
 from wina.config import SparsityConfig
 from wina.errors import CalibrationError, PatchStateError, UnsupportedModelError
 from wina.experts import ROLES, ExpertsCalibrator, FusedExperts
+from wina.importance import token_importance
 from wina.methods import METHODS
 from wina.offload import WeightsOf, is_offloaded
 from wina.plan import (
@@ -122,8 +123,11 @@ def calibrate(
         config: SparsityConfig,
         title: str = "",
         show: bool = False,
+        importance: Mapping[str, Tensor] | None = None,
     ) -> Calibrator:
-        calibrator = Calibrator(model, projections, scores, sparsities, config, measurements)
+        calibrator = Calibrator(
+            model, projections, scores, sparsities, config, measurements, importance
+        )
         # Policies divide the budget over projections; experts have the share that was asked for.
         sequential = config.statistics == "sequential"
         calibrator.experts = {
@@ -162,7 +166,15 @@ def calibrate(
     allocation = config.make_allocation() if config.sparsity else Uniform()
     sparsities = problem.by_projection(allocation.allocate(problem))
     title = f"calibrating {config.method} at {config.sparsity:.0%}"
-    found = run(_scores(model, units, config), sparsities, config, title, show_progress)
+    importance = None
+    if config.make_selector().weighs_tokens and config.sparsity:
+        importance = problem.measured_tensors(
+            lambda: token_importance(
+                model, [unit.projections for unit in units], windows, show_progress
+            ),
+            importance="curvature of KL",
+        )
+    found = run(_scores(model, units, config), sparsities, config, title, show_progress, importance)
     plan = SparsityPlan(
         config=config,
         model_type=model_type_of(model),

@@ -54,6 +54,7 @@ class Calibrator:
         sparsities: Mapping[str, float],
         config: SparsityConfig,
         measurements: Measurements | None = None,
+        importance: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.decoder = decoder_of(model)
         self.prefill = Prefill(1.0, config.sink_tokens)
@@ -64,7 +65,10 @@ class Calibrator:
         for projection in projections:
             name = projection.name
             module = linear_of(model, name)
-            self.layers[name] = Layer(projection, module, scores[name], sparsities[name], config)
+            weighed = None if importance is None else importance.get(name)
+            self.layers[name] = Layer(
+                projection, module, scores[name], sparsities[name], config, weighed
+            )
             if measurements is not None:
                 about = {"rounded": name, "config": config.to_dict(), "sparsities": shares}
                 self.layers[name].kept = partial(measurements.tensors, about)
@@ -173,6 +177,7 @@ class Layer:
         scores: ChannelScores,
         sparsity: float,
         config: SparsityConfig,
+        importance: Tensor | None = None,
     ) -> None:
         self.projection = projection
         self.module = module
@@ -187,6 +192,8 @@ class Layer:
         self.original: Tensor | None = None
         self.histogram = ScoreHistogram()
         self.threshold: Tensor | None = None
+        self.importance = importance  # of the calibration tokens, [windows, S]
+        self.probe: Tensor | None = None
         self.cutoff = 0.0
         self.dropped = 0
         self.correction = config.make_correction()
@@ -256,19 +263,35 @@ class Layer:
         if self.center is not None:
             tokens = tokens - self.center.to(tokens.dtype)
         try:
-            self.scores.count(self.histogram, tokens, self.sparsity)
+            if self.importance is not None and self.threshold is None:
+                self.probe = self._fitted_probe(tokens, x.shape[:-1])
+            self.scores.count(self.histogram, tokens, self.sparsity, self.probe)
         except CalibrationError as error:
             raise CalibrationError(f"{self.projection.name}: {error}") from None
         if self.threshold is None:
             self.set_cutoff()
         assert self.threshold is not None
-        keep = self.scores.keep(tokens, self.threshold, self.sparsity)
+        keep = self.scores.keep(tokens, self.threshold, self.sparsity, self.probe)
         self.dropped += int((~keep).sum())
         if self.fit is not None:
             self.left_out = torch.where(keep, 0.0, tokens)
         if not self.sequential:
             return x
         return torch.cat([x[..., :start, :], torch.where(keep, tokens, 0.0)], dim=-2)
+
+    def _fitted_probe(self, tokens: Tensor, shape: torch.Size) -> Tensor | None:
+        """The selector's probe of the inputs that are sparse, of those of this shape.
+
+        None where a projection does not see all tokens, as routed experts do: there is nothing
+        then that tells which ones these are.
+        """
+        assert self.importance is not None
+        known = self.importance.flatten()[: shape.numel()]
+        if len(known) < shape.numel():
+            return None
+        start = shape[-1] - tokens.shape[-2]
+        known = known.view(shape)[..., start:]
+        return self.scores.selector.fit(tokens.flatten(0, -2), known.flatten())
 
     def correct(self, y: Tensor) -> Tensor:
         """Fit the correction to the products y [B, S, N] of masked inputs, and add it to them."""
@@ -323,5 +346,6 @@ class Layer:
             threshold=self.threshold.cpu(),
             sample=weight_sample(weight_of(self.module)),
             terms=(self.terms or Terms()).cpu(),
+            probe=None if self.probe is None else self.probe.cpu(),
             weight=self.weight,
         )

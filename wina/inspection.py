@@ -35,7 +35,7 @@ class InspectionRow:
     """One projection of a model.
 
     ``weight_dtype`` and ``weight_bytes`` tell how the weight is kept in memory, ``extra_bytes``
-    what a token reads for the correction on top of the channels that it keeps.
+    what a token reads for correction and probe on top of the channels that it keeps.
     ``realised`` is what calibration measured, ``fused`` the roles of the projections that share
     its launch while decoding, its own among them, empty where it has one for itself.
     """
@@ -77,7 +77,7 @@ class Inspection:
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes that a sparse token reads for corrections and rotations."""
+        """Bytes that a sparse token reads for corrections, probes and rotations."""
         return sum(row.extra_bytes for row in self.rows) + self.rotation_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class Inspection:
         Console(file=text, width=200, color_system=None).print(table)
         weights = sum(row.weight_bytes for row in self.rows)
         share = self.extra_bytes / max(weights, 1)
-        extra = f"; corrections and rotations read {share:.2%} of the weights"
+        extra = f"; corrections, probes and rotations read {share:.2%} of the weights"
         return (
             f"{text.getvalue()}realised over the model: {self.realised:.3f} of projection weights "
             f"skipped by a decoded token (on calibration text); share of prefill tokens that are "
@@ -162,7 +162,7 @@ def inspect(model: nn.Module) -> Inspection:
                 _fused_with(name, layer.projection.role, sparse[name], mlps),
                 sparse[name].weight_dtype,
                 sparse[name].weight_bytes,
-                sparse[name].correction_bytes,
+                sparse[name].extra_bytes,
             )
         )
     experts = {m.name: m for m in model.modules() if isinstance(m, SparseExperts)}

@@ -77,6 +77,7 @@ class SparseLinear(nn.Linear):
         sparse_bias: bias and ``shift`` together, None without a shift.
         left, right: [N, r] and [r, K]: the correction adds left·right·(dropped channels); or None.
         center: [K] that is taken off the inputs of sparse products, or None.
+        probe: [K + 1] float32 that the selector found for this projection, or None.
     """
 
     threshold: Tensor
@@ -85,6 +86,7 @@ class SparseLinear(nn.Linear):
     left: Tensor | None
     right: Tensor | None
     center: Tensor | None
+    probe: Tensor | None
 
     def __init__(
         self,
@@ -95,6 +97,7 @@ class SparseLinear(nn.Linear):
         selector: Selector,
         control: Control,
         terms: Terms | None = None,
+        probe: Tensor | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's would allocate a second weight
         self.in_features = original.in_features
@@ -106,9 +109,9 @@ class SparseLinear(nn.Linear):
         self.sparsity = sparsity
         self.selector = selector
         self.control = control
-        self.register_buffer(
-            "threshold", threshold.to(self.storage.device, torch.float32), persistent=False
-        )
+        for held, values in (("threshold", threshold), ("probe", probe)):
+            moved = None if values is None else values.to(self.storage.device, torch.float32)
+            self.register_buffer(held, moved, persistent=False)
         self._hold_terms(terms or Terms())
         self.choice = choose(self._layer(), control.backend)
         self.group: ProjectionGroup | None = None
@@ -155,10 +158,10 @@ class SparseLinear(nn.Linear):
         return self.left is None and self.center is None
 
     @property
-    def correction_bytes(self) -> int:
-        """Bytes that a token reads for the correction; a shift of a bias is read with it."""
+    def extra_bytes(self) -> int:
+        """Bytes a token reads for correction and probe; a shift of a bias is read with it."""
         shift = None if self.bias is not None else self.shift
-        terms = (shift, self.left, self.right, self.center)
+        terms = (shift, self.left, self.right, self.center, self.probe)
         return sum(term.nbytes for term in terms if term is not None)
 
     def _layer(self) -> LayerSpec:
@@ -192,7 +195,7 @@ class SparseLinear(nn.Linear):
 
     def scale(self, x: Tensor) -> Tensor | None:
         """The selector's per-token factor for hidden states x."""
-        return self.selector.scale(x, self.threshold, self.sparsity)
+        return self.selector.scale(x, self.threshold, self.sparsity, self.probe)
 
     def masked(self, x: Tensor, start: int) -> Tensor:
         """x [..., S, K] with the inactive channels of tokens from ``start`` on set to zero."""
@@ -290,10 +293,11 @@ class SparseLinear(nn.Linear):
         return torch.is_grad_enabled() and (x.requires_grad or self.storage.requires_grad)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseLinear:
-        # `.to(bfloat16)` casts buffers as well; thresholds stay float32 on every path.
-        threshold = self.threshold
+        # `.to(bfloat16)` casts buffers as well; what masks depend on stays float32 on every path.
+        threshold, probe = self.threshold, self.probe
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.threshold = threshold.to(self.threshold.device)
+        self.probe = None if probe is None else probe.to(self.threshold.device)
         self.choice = self._choose_again()
         if self.group is not None:
             self.group.settle()

@@ -234,13 +234,13 @@ def apply_plan(
                 )  # fmt: skip
                 sparse: SparseLinear
                 if config.weight_dtype is None or rounding is None:
-                    sparse = SparseLinear(*settings, layer.terms)
+                    sparse = SparseLinear(*settings, layer.terms, layer.probe)
                     _lay(patch, sparse)
                 else:
                     weight = layer.weight or rounding.round(
                         original.weight, None, config.weight_dtype
                     )
-                    sparse = QuantizedSparseLinear(*settings, weight, layer.terms)
+                    sparse = QuantizedSparseLinear(*settings, weight, layer.terms, layer.probe)
                 _replace(patch, parent, leaf, original, sparse)
                 advance()
         for name in plan.expert_modules:

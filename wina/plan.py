@@ -59,6 +59,7 @@ class ProjectionPlan:
         threshold: τ/c, [K] float32.
         sample: a few weights, by which the model is recognised, float32.
         terms: the correction, in float32.
+        probe: what the selector reads off the hidden state, [K + 1] float32, or None.
         weight: the rounded weight, where calibration found it; None for a weight that is in use
             as it is or, with a ``weight_dtype``, rounded to the nearest when a model is patched.
     """
@@ -70,6 +71,7 @@ class ProjectionPlan:
     threshold: Tensor
     sample: Tensor
     terms: Terms = field(default_factory=Terms)
+    probe: Tensor | None = None
     weight: QuantizedWeight | None = None
 
     def check(self) -> None:
@@ -82,7 +84,10 @@ class ProjectionPlan:
         for field_name, tensor, length in (
             ("threshold", self.threshold, self.projection.in_features),
             ("sample", self.sample, _SAMPLES),
+            ("probe", self.probe, self.projection.in_features + 1),
         ):
+            if tensor is None:
+                continue
             if tuple(tensor.shape) != (length,) or tensor.dtype != torch.float32:
                 raise PlanError(
                     f"{name}.{field_name} has shape {tuple(tensor.shape)} {tensor.dtype}, expected "
@@ -90,6 +95,8 @@ class ProjectionPlan:
                 )
         if self.threshold.isnan().any():
             raise PlanError(f"{name}.threshold must be float32 without NaN")
+        if self.probe is not None and not self.probe.isfinite().all():
+            raise PlanError(f"{name}.probe must be finite")
         if math.isnan(self.cutoff):
             raise PlanError(f"cutoff of {name} is NaN")
 
@@ -222,6 +229,8 @@ class SparsityPlan:
             tensors[f"{name}.sample"] = layer.sample.contiguous()
             for term, tensor in layer.terms.tensors().items():
                 tensors[f"{name}.correction.{term}"] = tensor.contiguous()
+            if layer.probe is not None:
+                tensors[f"{name}.probe"] = layer.probe.contiguous()
             if layer.weight is not None:
                 tensors[f"{name}.packed"] = layer.weight.packed
                 tensors[f"{name}.scales"] = layer.weight.scales
@@ -330,6 +339,7 @@ class SparsityPlan:
                 threshold=tensors[f"{name}.threshold"],
                 sample=tensors[f"{name}.sample"],
                 terms=terms,
+                probe=tensors.get(f"{name}.probe"),
                 weight=_parse_weight(projection, config, tensors),
             )
             layers[name].check()

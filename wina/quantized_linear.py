@@ -38,8 +38,9 @@ class QuantizedSparseLinear(SparseLinear):
         control: Control,
         rounded: QuantizedWeight,
         terms: Terms | None = None,
+        probe: Tensor | None = None,
     ) -> None:
-        super().__init__(original, name, threshold, sparsity, selector, control, terms)
+        super().__init__(original, name, threshold, sparsity, selector, control, terms, probe)
         self.bits = rounded.bits
         device = self.like.device
         self.register_buffer("packed", rounded.packed.to(device))

@@ -61,11 +61,13 @@ class ChannelScores:
         weights = [rounded(weight, self.weight_dtype) for weight in self.weights]
         return self.criterion.constants(weights, Generator().manual_seed(self.seed))
 
-    def count(self, histogram: ScoreHistogram, x: Tensor, sparsity: float) -> None:
+    def count(
+        self, histogram: ScoreHistogram, x: Tensor, sparsity: float, probe: Tensor | None = None
+    ) -> None:
         """Add the scores of hidden states x [..., K], in units of each token's factor."""
         for rows in x.reshape(-1, x.shape[-1]).split(_ROWS):
             scores = rows.abs().to(torch.float32) * self.constants
-            scale = self.selector.scale(rows, 1.0 / self.constants, sparsity)
+            scale = self.selector.scale(rows, 1.0 / self.constants, sparsity, probe)
             if scale is not None:
                 scores = scores / scale.clamp_min(1e-30).unsqueeze(-1)
             histogram.add(scores)
@@ -83,9 +85,11 @@ class ChannelScores:
         """τ for a share of channels, from the scores counted so far."""
         return self.selector.cutoff(histogram, sparsity)
 
-    def keep(self, x: Tensor, threshold: Tensor, sparsity: float) -> Tensor:
+    def keep(
+        self, x: Tensor, threshold: Tensor, sparsity: float, probe: Tensor | None = None
+    ) -> Tensor:
         """Which channels of x [..., K] are active, Boolean [..., K]."""
-        return keep_mask(x, threshold, self.selector.scale(x, threshold, sparsity))
+        return keep_mask(x, threshold, self.selector.scale(x, threshold, sparsity, probe))
 
     def levels(self, x: Tensor, grid: Sequence[float]) -> Tensor:
         """At how many sparsities of a grid each channel is kept, cut-offs taken from x itself.

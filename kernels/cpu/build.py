@@ -64,6 +64,7 @@ OPERATORS = (
     "dense_linear_rows_quantized",
     "topk_scale",
     "mean_scale",
+    "probe_scale",
     "decode_step",
 )
 

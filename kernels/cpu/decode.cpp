@@ -20,7 +20,7 @@ namespace {
 enum class Op : int64_t {
   embed, rms_norm, dense, sparse, sparse_integers, gate_up, gate_up_integers, gated, slice, attend,
   add, logits, mean_scale, topk_scale, group_of_three,
-  dense_integers
+  dense_integers, probe_scale
 };
 
 constexpr const char* kActivations[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2"};
@@ -76,6 +76,7 @@ using Group = std::vector<Tensor>(const Tensor&, at::TensorList, at::TensorList,
                                   const c10::List<OptionalTensor>&);
 using MeanScale = Tensor(const Tensor&);
 using TopkScale = Tensor(const Tensor&, const Tensor&, int64_t);
+using ProbeScale = Tensor(const Tensor&, const Tensor&, double);
 
 // -------------------------------------------------------------------------------- the machine
 
@@ -222,6 +223,11 @@ class Machine {
         const Tensor &x = reg(), &packed = constant(), &scales = constant();
         const int64_t columns = next(), bits = next();
         return f.call(x, packed, scales, columns, bits, optional_constant());
+      }
+      case Op::probe_scale: {
+        static const auto f = library<ProbeScale>("wina::probe_scale");
+        const Tensor &x = reg(), &probe = constant();
+        return f.call(x, probe, number());
       }
     }
     TORCH_CHECK(false, "wina::decode_step: no instruction ", static_cast<int64_t>(op));

@@ -1,4 +1,4 @@
-// Native CPU kernels for the factor of a token's thresholds: topk_scale and mean_scale.
+// Native CPU kernels for the factor of a token's thresholds: topk_scale, mean_scale, probe_scale.
 
 #include "common.h"
 
@@ -94,10 +94,48 @@ Tensor mean_scale(const Tensor& x) {
   return at::mean(x.abs(), {-1}, /*keepdim=*/false, at::kFloat);
 }
 
+// exp(a·x + b), the exponent within ±limit; NaN stays NaN.
+template <class T>
+float probed(const T* x, const float* probe, int64_t K, float limit) {
+  constexpr int64_t kParts = 16;
+  float part[kParts] = {};
+  int64_t j = 0;
+  for (; j + kParts <= K; j += kParts)
+    for (int64_t i = 0; i < kParts; ++i) part[i] += static_cast<float>(x[j + i]) * probe[j + i];
+  float sum = probe[K];
+  for (; j < K; ++j) sum += static_cast<float>(x[j]) * probe[j];
+  for (int64_t i = 0; i < kParts; ++i) sum += part[i];
+  if (sum > limit) sum = limit;
+  if (sum < -limit) sum = -limit;
+  return std::exp(sum);
+}
+
+Tensor probe_scale(const Tensor& x, const Tensor& probe, double limit) {
+  const char* op = "wina::probe_scale";
+  check_input(op, x, false);
+  const int64_t K = x.size(-1);
+  TORCH_CHECK(probe.dim() == 1 && probe.size(0) == K + 1 && probe.is_cpu() &&
+                  probe.scalar_type() == at::kFloat,
+              op, ": probe must be [", K + 1, "] float32 on the CPU, got ", probe.sizes(), " ",
+              probe.scalar_type());
+  TORCH_CHECK(limit > 0, op, ": limit must be positive, got ", limit);
+  const Tensor held = probe.contiguous();
+  const float* p = held.const_data_ptr<float>();
+  Tensor scale = one_a_token(x);
+  const auto of = [&](auto* row, int32_t*) { return probed(row, p, K, limit); };
+  switch (x.scalar_type()) {
+    case at::kBFloat16: for_tokens<at::BFloat16>(x.contiguous(), scale, of); break;
+    case at::kHalf: for_tokens<at::Half>(x.contiguous(), scale, of); break;
+    default: for_tokens<float>(x.to(at::kFloat).contiguous(), scale, of); break;
+  }
+  return scale;
+}
+
 }  // namespace
 }  // namespace wina
 
 TORCH_LIBRARY_IMPL(wina, CPU, m) {
   m.impl("mean_scale", TORCH_FN(wina::mean_scale));
+  m.impl("probe_scale", TORCH_FN(wina::probe_scale));
   m.impl("topk_scale", TORCH_FN(wina::topk_scale));
 }

@@ -77,6 +77,7 @@ KERNELS = {
     ),
     "topk_scale": Kernel(selection.topk_scale_kernel, 0),
     "mean_scale": Kernel(selection.mean_scale_kernel, 0),
+    "probe_scale": Kernel(selection.probe_scale_kernel, 0),
 }
 
 
@@ -157,7 +158,7 @@ def variants(thorough: bool) -> Iterator[Variant]:
         every = thorough and dtype == "bfloat16"
         for channels in (576, 4096, selection.MAX_CHANNELS)[0 if every else 2 :]:
             _, block, warps = selection.tile_of(channels)
-            for kernel in ("topk_scale", "mean_scale"):
+            for kernel in ("topk_scale", "mean_scale", "probe_scale"):
                 yield Variant(kernel, dtype, True, Launch(0, block, warps, 1))
 
 

@@ -35,6 +35,7 @@ def register(key: str = "CUDA") -> None:
     ops.register("sparse_group", key, _sparse_group, lambda a: has_kernel(a.x, *a.weights))
     ops.register("topk_scale", key, _topk_scale, lambda a: has_selection(a.x))
     ops.register("mean_scale", key, _mean_scale, lambda a: has_selection(a.x))
+    ops.register("probe_scale", key, _probe_scale, lambda a: has_selection(a.x))
 
 
 def has_kernel(x: Tensor, *weights: Tensor) -> bool:
@@ -150,6 +151,12 @@ def _topk_scale(a: Arguments) -> Tensor:
 def _mean_scale(a: Arguments) -> Tensor:
     with torch.cuda.device(a.x.device):
         scale = selection.launch_mean(_tokens(a.x))
+    return scale.view(a.x.shape[:-1])
+
+
+def _probe_scale(a: Arguments) -> Tensor:
+    with torch.cuda.device(a.x.device):
+        scale = selection.launch_probe(_tokens(a.x), a.probe.contiguous(), a.limit)
     return scale.view(a.x.shape[:-1])
 
 

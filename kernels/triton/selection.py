@@ -1,4 +1,6 @@
-"""topk_scale and mean_scale: a token's factor of its thresholds, one program a token, no sort.
+"""topk_scale, mean_scale and probe_scale: the factor of a token's thresholds.
+
+One program a token, no sort.
 
 A float's bits, once those of negative numbers are turned over, are ordered as integers like the
 floats themselves. So the score of any rank is found bit by bit, highest first, counting each time
@@ -62,6 +64,23 @@ def mean_scale_kernel(x_ptr, scale_ptr, k_units, K_ALIGN: tl.constexpr, BLOCK: t
     tl.store(scale_ptr + token, tl.div_rn(tl.sum(tl.abs(x), axis=0), K.to(tl.float32)))
 
 
+@triton.jit(do_not_specialize=["k_units"])
+def probe_scale_kernel(
+    x_ptr, probe_ptr, scale_ptr, k_units, limit, K_ALIGN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Program (token): exp(a·x + b), the exponent within ±limit; NaN stays NaN."""
+    K = k_units * K_ALIGN
+    token = tl.program_id(0)
+    ks = tl.arange(0, BLOCK)
+    inside = ks < K
+    x = tl.load(x_ptr + token.to(tl.int64) * K + ks, mask=inside, other=0.0).to(tl.float32)
+    p = tl.load(probe_ptr + ks, mask=inside, other=0.0)
+    exponent = tl.sum(x * p, axis=0) + tl.load(probe_ptr + K)
+    exponent = tl.where(exponent > limit, limit, exponent)
+    exponent = tl.where(exponent < -limit, -limit, exponent)
+    tl.store(scale_ptr + token, tl.exp(exponent))
+
+
 def launch_topk(x: Tensor, threshold: Tensor, dropped: int) -> Tensor:
     """[T] float32: the cut-offs of x [T, K], contiguous, by scores |x|/threshold [K]."""
     T, K = x.shape
@@ -79,6 +98,17 @@ def launch_mean(x: Tensor) -> Tensor:
     scale = torch.empty(T, dtype=torch.float32, device=x.device)
     align, block, warps = tile_of(K)
     mean_scale_kernel[(T,)](x, scale, K // align, K_ALIGN=align, BLOCK=block, num_warps=warps)
+    return scale
+
+
+def launch_probe(x: Tensor, probe: Tensor, limit: float) -> Tensor:
+    """[T] float32: exp(a·x + b) of x [T, K], contiguous, by a probe [K + 1]."""
+    T, K = x.shape
+    scale = torch.empty(T, dtype=torch.float32, device=x.device)
+    align, block, warps = tile_of(K)
+    probe_scale_kernel[(T,)](
+        x, probe, scale, K // align, limit, K_ALIGN=align, BLOCK=block, num_warps=warps
+    )
     return scale
 
 

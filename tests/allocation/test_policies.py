@@ -82,7 +82,7 @@ def test_groups_that_share_a_mask_share_their_sparsity(llama: nn.Module, spec: s
     assert plan.realised == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("selector", ["relative", "topk"])
+@pytest.mark.parametrize("selector", ["relative", "topk", "importance"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_selector(llama: nn.Module, spec: str, selector: str) -> None:
     plan = quick_plan(llama, allocation=spec, selector=selector)

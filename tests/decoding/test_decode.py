@@ -51,7 +51,8 @@ def test_greedy_decoding_is_that_of_generate(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"weight_dtype": "int8"}, {"selector": "topk"}, {"correction": "bias"},
+        {}, {"weight_dtype": "int8"}, {"selector": "topk"}, {"selector": "importance"},
+        {"correction": "bias"},
         {"rows": 0.5}, {"rows": 1.0}, {"rows": 1.0, "selector": "topk"},
     ],
     ids=str,

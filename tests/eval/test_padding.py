@@ -81,7 +81,7 @@ def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("spec", PROTOCOLS)
-@pytest.mark.parametrize("selector", ["threshold", "relative", "topk"])
+@pytest.mark.parametrize("selector", ["threshold", "relative", "topk", "importance"])
 def test_padding_changes_no_mask_and_no_logit(
     exact: nn.Module, side: str, spec: str, selector: str
 ) -> None:

@@ -289,6 +289,7 @@ def test_opcheck(loaded: bool, extras: bool) -> None:
     )
     torch.library.opcheck(ops.topk_scale, (x, threshold, 7))
     torch.library.opcheck(ops.mean_scale, (x,))
+    torch.library.opcheck(ops.probe_scale, (x, torch.randn(33), 0.5))
     up = torch.randn(32, 24, dtype=dtype)
     torch.library.opcheck(
         ops.sparse_gate_up,

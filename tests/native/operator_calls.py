@@ -132,6 +132,10 @@ def arguments_of(operator: Operator, draw: Draw) -> dict[str, Any]:
             return draw.rng.choice(list(reference.ACTIVATIONS))
         if name == "dropped":
             return draw.rng.randint(1, draw.K - 1)
+        if name == "probe":
+            return torch.randn(draw.K + 1) / math.sqrt(draw.K)
+        if name == "limit":
+            return draw.rng.choice((0.1, 0.5, 20.0))
         raise SystemExit(
             f"wina::{operator.name} has a parameter {name!r} that tests/native/operator_calls.py "
             "cannot make: teach it"
@@ -166,9 +170,9 @@ def compare(operator: Operator, arguments: Mapping[str, Any], got: Any, dtype: t
             return value
         if isinstance(value, list):
             return [exact(name, one) for one in value]
-        # Thresholds and their factors are float32 by definition, and so are scales of integers.
+        # Thresholds, their factors and probes are float32 by definition; so are integers' scales.
         if torch.is_tensor(value) and value.dtype == dtype and "scale" not in name:
-            return value if "threshold" in name else value.double()
+            return value if "threshold" in name or name == "probe" else value.double()
         return value
 
     want = operator.definition(**{name: exact(name, v) for name, v in arguments.items()})

@@ -155,9 +155,11 @@ class _Layer:
         return torch.rand(K) if self.draw.special else torch.full((K,), -1.0)
 
     def _scale(self, x: str, K: int, out: str) -> str | None:
-        way = self.rng.randrange(3)
+        way = self.rng.randrange(4)
         if way == 1:
             return self.builder.emit("mean_scale", out, x)
+        if way == 3:
+            return self.builder.emit("probe_scale", out, x, torch.randn(K + 1) / K**0.5, 0.5)
         if way == 2 and K > 1:
             dropped = self.rng.randint(1, K - 1)
             return self.builder.emit("topk_scale", out, x, torch.rand(K) + 0.1, dropped)

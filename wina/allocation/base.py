@@ -71,6 +71,14 @@ class Problem:
             return measure()
         return self.measurements.get({**self.about, **about}, measure)
 
+    def measured_tensors(
+        self, measure: Callable[[], Mapping[str, Tensor]], **about: Any
+    ) -> Mapping[str, Tensor]:
+        """Likewise for named tensors on the CPU, kept in memory."""
+        if self.measurements is None:
+            return measure()
+        return self.measurements.tensors({**self.about, **about}, measure, remember=True)
+
     def curves(self, measure: Callable[[], Sequence[Curve]], **about: Any) -> list[Curve]:
         """Likewise for sensitivity curves."""
         measured = self.measured(

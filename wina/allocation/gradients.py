@@ -7,6 +7,7 @@ for every projection and every sparsity on a grid.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -76,35 +77,53 @@ def loss_changes(
         point: the sparse model to differentiate; the dense one by default.
     """
     found = {name: LossChange(grid) for name, grid in grids.items()}
-    model = problem.model
-    device = device_of(model)
-    blocks = [block for _, block in decoder_blocks(model)]
-    title = "gradients, dense" if point is None else "gradients, sparse"
-    probes = [
-        _Probe(projection, problem, found[projection.name], point)
+    watched: list[Watch] = [
+        _Changes(projection, problem, found[projection.name], point)
         for unit in problem.units
         for projection in unit.projections
     ]
+    differentiate(problem.model, watched, windows, problem.show_progress, sparse=point is not None)
+    return found
+
+
+def differentiate(
+    model: nn.Module,
+    watched: Sequence[Watch],
+    windows: Tensor,
+    show_progress: bool,
+    sparse: bool = False,
+) -> None:
+    """Show every watch the gradient of the loss, see :func:`loss_changes`, one window at a time.
+
+    Args:
+        model: dense; it is run and left as it was.
+        watched: one for each projection. They may change its inputs.
+        windows: token ids [windows, S].
+        show_progress: draw a progress bar on stderr.
+        sparse: whether they do, so that the loss is the divergence from the dense model.
+    """
+    device = device_of(model)
+    blocks = [block for _, block in decoder_blocks(model)]
+    title = "gradients, sparse" if sparse else "gradients, dense"
     generator = torch.Generator().manual_seed(0)
     with (
-        progress(title, len(windows), problem.show_progress) as advance,
+        progress(title, len(windows), show_progress) as advance,
         frozen(model),
         recomputed(blocks),
     ):
         for window in windows.split(1):
             ids = window.to(device)
-            if point is None:
-                with _attached(model, probes):
+            if not sparse:
+                with _attached(model, watched):
                     logits = _logits(model, ids)
                     logits.backward(_direction(logits.detach(), generator))
             else:
                 with torch.no_grad():
                     dense = _logits(model, ids).log_softmax(-1)
-                with _attached(model, probes):
-                    sparse = _logits(model, ids).log_softmax(-1)
-                    F.kl_div(sparse, dense, reduction="sum", log_target=True).backward()
+                with _attached(model, watched):
+                    log_p = _logits(model, ids).log_softmax(-1)
+                    F.kl_div(log_p, dense, reduction="sum", log_target=True).backward()
             advance()
-    return found
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -151,44 +170,25 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _attached(model: nn.Module, probes: Sequence[_Probe]) -> Iterator[None]:
+def _attached(model: nn.Module, watched: Sequence[Watch]) -> Iterator[None]:
     with ExitStack() as stack:
-        for probe in probes:
-            stack.callback(probe.module.register_forward_pre_hook(probe.before).remove)
-            stack.callback(probe.module.register_forward_hook(probe.after).remove)
+        for watch in watched:
+            stack.callback(watch.module.register_forward_pre_hook(watch.before).remove)
+            stack.callback(watch.module.register_forward_hook(watch.after).remove)
         yield
 
 
-class _Probe:
-    """Watches one projection: its input on the way forward, the gradient on the way back."""
+class Watch(ABC):
+    """Sees one projection: its input on the way forward, the gradient on the way back."""
 
-    def __init__(
-        self,
-        projection: Projection,
-        problem: Problem,
-        found: LossChange,
-        point: OperatingPoint | None,
-    ) -> None:
-        self.module = linear_of(problem.model, projection.name)
-        self.scores: ChannelScores = problem.scores[projection.name]
-        self.prefill = Prefill(1.0, problem.sink_tokens)
-        self.found = found
-        self.sparsity = point.sparsities[projection.name] if point else 0.0
-        self.threshold = point.thresholds[projection.name] if point else None
+    def __init__(self, module: nn.Linear) -> None:
+        self.module = module
         self.x: Tensor | None = None
 
     def before(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Remember x; mask it at the operating point."""
-        x = arguments[0]
-        self.x = x.detach()
-        if self.threshold is None:
-            return None
-        start = self.prefill.start(x.shape[-2])
-        tokens = x[..., start:, :]
-        with torch.no_grad():
-            keep = self.scores.keep(tokens, self.threshold, self.sparsity)
-        masked = torch.where(keep, tokens, 0.0)
-        return (torch.cat([x[..., :start, :], masked], dim=-2), *arguments[1:])
+        """Remember x."""
+        self.x = arguments[0].detach()
+        return None
 
     def after(self, _: nn.Module, __: Any, y: Tensor) -> None:
         """Ask for the gradient of the output."""
@@ -197,8 +197,48 @@ class _Probe:
     @torch.no_grad()
     def _gradient(self, gradient: Tensor) -> None:
         assert self.x is not None
-        start = self.prefill.start(self.x.shape[-2])
-        x = self.x[..., start:, :].flatten(0, -2)
+        self.see(self.x, gradient)
+        self.x = None
+
+    @abstractmethod
+    def see(self, x: Tensor, gradient: Tensor) -> None:
+        """Take notice of an input [..., S, K] and of ∂loss/∂output [..., S, N]."""
+
+
+class _Changes(Watch):
+    """Counts what dropping channels does."""
+
+    def __init__(
+        self,
+        projection: Projection,
+        problem: Problem,
+        found: LossChange,
+        point: OperatingPoint | None,
+    ) -> None:
+        super().__init__(linear_of(problem.model, projection.name))
+        self.scores: ChannelScores = problem.scores[projection.name]
+        self.prefill = Prefill(1.0, problem.sink_tokens)
+        self.found = found
+        self.sparsity = point.sparsities[projection.name] if point else 0.0
+        self.threshold = point.thresholds[projection.name] if point else None
+
+    def before(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Remember x; mask it at the operating point."""
+        super().before(_, arguments)
+        if self.threshold is None:
+            return None
+        x = arguments[0]
+        start = self.prefill.start(x.shape[-2])
+        tokens = x[..., start:, :]
+        with torch.no_grad():
+            keep = self.scores.keep(tokens, self.threshold, self.sparsity)
+        masked = torch.where(keep, tokens, 0.0)
+        return (torch.cat([x[..., :start, :], masked], dim=-2), *arguments[1:])
+
+    def see(self, x: Tensor, gradient: Tensor) -> None:
+        """Count gᵀδy of the tokens that are sparse."""
+        start = self.prefill.start(x.shape[-2])
+        x = x[..., start:, :].flatten(0, -2)
         g = gradient[..., start:, :].flatten(0, -2)
         contributions = x.float() * (g @ weight_of(self.module)).float()
         levels = self.scores.levels(x, self.found.grid)
@@ -209,4 +249,3 @@ class _Probe:
         if self.threshold is not None:
             here = torch.where(self.scores.keep(x, self.threshold, self.sparsity), here, 0.0)
         self.found.add(kept.t() - here.sum(-1))
-        self.x = None

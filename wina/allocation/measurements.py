@@ -44,6 +44,7 @@ class Measurements:
         self.folder = folder
         self.identity = dict(identity or {})
         self._known: dict[str, Any] = {}
+        self._tensors: dict[str, Mapping[str, Tensor]] = {}
 
     def get(self, about: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
         """The measurement that ``about`` names, measured now if it is not known.
@@ -62,15 +63,31 @@ class Measurements:
         return self._known[key]
 
     def tensors(
-        self, about: Mapping[str, Any], measure: Callable[[], Mapping[str, Tensor]]
+        self,
+        about: Mapping[str, Any],
+        measure: Callable[[], Mapping[str, Tensor]],
+        remember: bool = False,
     ) -> Mapping[str, Tensor]:
-        """Named tensors on the CPU that ``about`` names, found now unless the folder has them.
+        """Named tensors on the CPU that ``about`` names, found now unless they are known.
 
-        They are not kept in memory, and nowhere unless ``large``.
+        The folder keeps them if ``large``, this object if they are to be remembered.
         """
+        document, key = self._named(about)
+        if key in self._tensors:
+            return self._tensors[key]
+        found = self._from_folder(document, key, measure)
+        if remember:
+            self._tensors[key] = found
+        return found
+
+    def _from_folder(
+        self,
+        document: Mapping[str, Any],
+        key: str,
+        measure: Callable[[], Mapping[str, Tensor]],
+    ) -> Mapping[str, Tensor]:
         if self.folder is None or not self.large:
             return measure()
-        document, key = self._named(about)
         path = self.folder / f"{key}.safetensors"
         # The file's name says what it depends on; the hash within, that it is whole.
         known = self._read(key, document)

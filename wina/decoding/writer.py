@@ -31,7 +31,7 @@ from wina.kernels.quantization import QuantizedWeight
 from wina.linear import SparseLinear
 from wina.mlp import SparseGatedMLP, recognise_activation
 from wina.quantized_linear import QuantizedSparseLinear
-from wina.selectors import Relative, Selector, Threshold, TopK
+from wina.selectors import Importance, Relative, Selector, Threshold, TopK
 
 
 @dataclass(frozen=True)
@@ -298,11 +298,19 @@ def _topk(program: Builder, linear: SparseLinear, x: str, out: str) -> str:
     return program.emit("topk_scale", out, x, linear.threshold.clone(), dropped)
 
 
+def _probe(program: Builder, linear: SparseLinear, x: str, out: str) -> str | None:
+    assert isinstance(linear.selector, Importance)
+    if linear.probe is None:
+        return None
+    return program.emit("probe_scale", out, x, linear.probe, linear.selector.limit)
+
+
 # How the factor of a token's thresholds is computed.
 _SCALES: dict[type[Selector], Callable[[Builder, SparseLinear, str, str], str | None]] = {
     Threshold: lambda program, linear, x, out: None,
     Relative: lambda program, linear, x, out: program.emit("mean_scale", out, x),
     TopK: _topk,
+    Importance: _probe,
 }
 
 

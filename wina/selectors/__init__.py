@@ -6,9 +6,10 @@ is. To add one: a file beside this one, ``@SELECTORS.register("name")``, and its
 """
 
 from wina.selectors.base import SELECTORS, Selector
+from wina.selectors.importance import Importance
 from wina.selectors.relative import Relative
 from wina.selectors.statistical import Statistical
 from wina.selectors.threshold import Threshold
 from wina.selectors.topk import TopK
 
-__all__ = ["SELECTORS", "Relative", "Selector", "Statistical", "Threshold", "TopK"]
+__all__ = ["SELECTORS", "Importance", "Relative", "Selector", "Statistical", "Threshold", "TopK"]

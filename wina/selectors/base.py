@@ -18,18 +18,36 @@ class Selector(ABC):
     Attributes:
         of_x_alone: whether the scale depends on the hidden state only, so that projections that
             read the same one need it once.
+        weighs_tokens: whether :meth:`fit` finds something, and calibration has to measure how
+            important tokens are.
     """
 
     of_x_alone: bool = False
+    weighs_tokens: bool = False
+
+    def fit(self, x: Tensor, importance: Tensor) -> Tensor | None:
+        """What :meth:`scale` reads off a hidden state of one projection, None if nothing.
+
+        Args:
+            x: its inputs on calibration text [T, K].
+            importance: of these tokens [T] float32, :func:`wina.importance.token_importance`.
+
+        Returns:
+            A probe [K + 1] float32, its constant last.
+        """
+        return None
 
     @abstractmethod
-    def scale(self, x: Tensor, threshold: Tensor, sparsity: float) -> Tensor | None:
+    def scale(
+        self, x: Tensor, threshold: Tensor, sparsity: float, probe: Tensor | None = None
+    ) -> Tensor | None:
         """The factor that multiplies a token's thresholds.
 
         Args:
             x: hidden states [..., K].
             threshold: t [K] float32 (during calibration: 1/c, a cut-off of 1).
             sparsity: share of channels to drop.
+            probe: what :meth:`fit` found for the projection.
 
         Returns:
             [...] float32, or None where every token has the same cut-off.

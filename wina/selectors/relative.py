@@ -18,6 +18,8 @@ class Relative(Selector):
 
     of_x_alone = True
 
-    def scale(self, x: Tensor, threshold: Tensor, sparsity: float) -> Tensor | None:
+    def scale(
+        self, x: Tensor, threshold: Tensor, sparsity: float, probe: Tensor | None = None
+    ) -> Tensor | None:
         """mean_j |x_j| of every token, in float32."""
         return ops.mean_scale(x)

@@ -20,7 +20,9 @@ class Statistical(Selector):
     by what ``wina eval ppl`` shows as realised.
     """
 
-    def scale(self, x: Tensor, threshold: Tensor, sparsity: float) -> Tensor | None:
+    def scale(
+        self, x: Tensor, threshold: Tensor, sparsity: float, probe: Tensor | None = None
+    ) -> Tensor | None:
         """The cut-off of every token, in float32; below zero it keeps everything."""
         if sparsity <= 0.0:
             return x.new_full(x.shape[:-1], -1.0, dtype=torch.float32)

@@ -11,6 +11,8 @@ from wina.selectors.base import SELECTORS, Selector
 class Threshold(Selector):
     """Keep |x_j|·c_j > τ, τ the s-quantile on calibration text (TEAL, arXiv 2408.14690)."""
 
-    def scale(self, x: Tensor, threshold: Tensor, sparsity: float) -> Tensor | None:
+    def scale(
+        self, x: Tensor, threshold: Tensor, sparsity: float, probe: Tensor | None = None
+    ) -> Tensor | None:
         """None: the cut-off is the same for every token, and costs nothing per token."""
         return None

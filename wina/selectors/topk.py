@@ -17,7 +17,9 @@ class TopK(Selector):
     Channels with equal scores are kept or dropped together.
     """
 
-    def scale(self, x: Tensor, threshold: Tensor, sparsity: float) -> Tensor | None:
+    def scale(
+        self, x: Tensor, threshold: Tensor, sparsity: float, probe: Tensor | None = None
+    ) -> Tensor | None:
         """The cut-off of every token, in float32."""
         channels = x.shape[-1]
         dropped = min(round(sparsity * channels), channels - 1)

@@ -34,7 +34,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     for module, name in (
         (sparse_linear, "launch"), (group, "launch"), (selection, "launch_topk"),
-        (selection, "launch_mean"),
+        (selection, "launch_mean"), (selection, "launch_probe"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, noting(seen, getattr(module, name)))
     return seen
@@ -83,7 +83,9 @@ def test_scales(launches: list[str]) -> None:
     want = reference.topk_scale(x, threshold, 30)
     assert torch.equal(ops.topk_scale(x, threshold, 30), want)
     torch.testing.assert_close(ops.mean_scale(x), reference.mean_scale(x))
-    assert launches == ["selection.launch_topk", "selection.launch_mean"]
+    probe = torch.randn(x.shape[-1] + 1) / 8
+    torch.testing.assert_close(ops.probe_scale(x, probe, 0.5), reference.probe_scale(x, probe, 0.5))
+    assert launches == ["selection.launch_topk", "selection.launch_mean", "selection.launch_probe"]
 
 
 def test_calls_without_a_kernel_get_the_definition(
@@ -100,6 +102,7 @@ def test_calls_without_a_kernel_get_the_definition(
     monkeypatch.setattr(selection, "MAX_CHANNELS", 16)
     assert ops.mean_scale(x).shape == (17,)
     assert ops.topk_scale(x, threshold, 3).shape == (17,)
+    assert ops.probe_scale(x, torch.zeros(33), 0.5).tolist() == [1.0] * 17
     assert launches == []
 
 
@@ -115,12 +118,14 @@ def test_opcheck(extras: bool, launches: list[str]) -> None:
     )  # fmt: skip
     torch.library.opcheck(ops.topk_scale, (x, thresholds[0].abs(), 7))
     torch.library.opcheck(ops.mean_scale, (x,))
+    torch.library.opcheck(ops.probe_scale, (x, torch.randn(33), 0.5))
     torch.library.opcheck(
         ops.sparse_gate_up,
         (x, weights[0], weights[0], thresholds[0], thresholds[0], "silu", bias, bias, scale),
     )
     assert set(launches) == {
         "sparse_linear.launch", "group.launch", "selection.launch_topk", "selection.launch_mean",
+        "selection.launch_probe",
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from operator_cases import DTYPES
 from torch import Tensor
 
 from wina.kernels import reference
-from wina.kernels.triton.selection import launch_mean, launch_topk
+from wina.kernels.triton.selection import launch_mean, launch_probe, launch_topk
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -76,3 +76,19 @@ def test_mean_shows_nan_and_inf() -> None:
     got = launch_mean(x)
     assert got[0].isnan()
     assert got[1:].tolist() == [torch.inf, 1.0]
+
+
+@pytest.mark.parametrize("K", [1, 5, 64, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probe(K: int, dtype: torch.dtype) -> None:
+    x, _ = token(3, K, dtype)
+    probe = torch.randn(K + 1, generator=torch.Generator().manual_seed(K)) / K**0.5
+    want = reference.probe_scale(x, probe, 0.5)
+    torch.testing.assert_close(launch_probe(x, probe, 0.5), want, rtol=1e-5, atol=0)
+
+
+def test_probe_shows_nan_and_is_limited() -> None:
+    x = torch.tensor([[torch.nan, 1.0], [100.0, 0.0], [-100.0, 0.0]])
+    got = launch_probe(x, torch.tensor([1.0, 1.0, 0.5]), 0.25)
+    assert got[0].isnan()
+    torch.testing.assert_close(got[1:].log(), torch.tensor([0.25, -0.25]))

@@ -1,0 +1,59 @@
+"""How important each calibration token is to each projection, from one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from wina.allocation.gradients import Watch, differentiate
+from wina.offload import weight_of
+from wina.projections import Projection, linear_of
+
+
+class _Energy(Watch):
+    """Keeps |Wᵀg|² of every token."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        super().__init__(module)
+        self.windows: list[Tensor] = []
+
+    def see(self, x: Tensor, gradient: Tensor) -> None:
+        """Add those of a window."""
+        at_input = gradient.flatten(0, -2) @ weight_of(self.module)
+        self.windows.append(at_input.float().square().sum(-1).cpu())
+
+
+def token_importance(
+    model: nn.Module,
+    units: Sequence[Sequence[Projection]],
+    windows: Tensor,
+    show_progress: bool = False,
+) -> dict[str, Tensor]:
+    """|Wᵀg|² of every token, g = ∂loss/∂output of a projection.
+
+    A small error δx of the projection's input changes the loss by gᵀWδx. The loss is a random
+    direction of the logits, see :func:`wina.allocation.gradients.loss_changes`: what a token's
+    error does to its own prediction and to those of all later tokens of the window.
+
+    Args:
+        model: dense; it is run and left as it was.
+        units: projections that share a mask, and so the sum of their tokens' importance.
+        windows: token ids [windows, S].
+        show_progress: draw a progress bar on stderr.
+
+    Returns:
+        Projection name → [windows, S] float32 on the CPU; none for a projection that does not see
+        every token.
+    """
+    watched = {p.name: _Energy(linear_of(model, p.name)) for unit in units for p in unit}
+    differentiate(model, list(watched.values()), windows, show_progress)
+    found = {}
+    for unit in units:
+        members = [watched[projection.name].windows for projection in unit]
+        if any(sum(map(len, member)) != windows.numel() for member in members):
+            continue
+        total = sum((torch.cat(member) for member in members), start=torch.zeros(windows.numel()))
+        found.update({projection.name: total.view(windows.shape) for projection in unit})
+    return found

@@ -1,0 +1,77 @@
+"""A calibrated cut-off, lower for tokens whose errors the loss will notice."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wina.errors import CalibrationError, ConfigError
+from wina.kernels import ops
+from wina.selectors.base import SELECTORS, Selector
+
+# Importance below this share of the mean is all the same: its logarithm would be noise.
+_FLOOR = 1e-4
+
+
+@SELECTORS.register("importance")
+class Importance(Selector):
+    """Keep |x_j|·c_j > τ·exp(p(x)), p a linear probe of the hidden state.
+
+    An error at the output of a projection costs gᵀδy, g = ∂loss/∂y, and |g| differs by orders of
+    magnitude from token to token. Were it known, the best cut-off at a given number of bytes would
+    be proportional to 1/|g|: that follows from equal cost per byte. It is not known while decoding,
+    but the hidden state says much of it: the probe is a ridge regression of log |Wᵀg|² on the
+    input of the projection. Ours; it reads K + 1 numbers.
+
+    Args:
+        strength: p is the predicted log |Wᵀg|², from its mean, times −strength. A perfect
+            prediction of small errors would ask for 0.5.
+        limit: of |p|: text of another kind makes linear probes say too much.
+        ridge: of the regression, in units of the tokens' number, on standardised inputs.
+    """
+
+    weighs_tokens = True
+
+    def __init__(self, strength: float = 0.25, limit: float = 0.5, ridge: float = 0.5) -> None:
+        for name, value in (("strength", strength), ("limit", limit), ("ridge", ridge)):
+            if not 0.0 < value < float("inf"):
+                raise ConfigError(f"{name} is a positive number, not {value:g}")
+        self.strength = strength
+        self.limit = limit
+        self.ridge = ridge
+
+    def fit(self, x: Tensor, importance: Tensor) -> Tensor | None:
+        """The probe [K + 1] float32."""
+        wide = x.double()
+        mean, spread = wide.mean(0), wide.std(0, correction=0)
+        used = spread > 1e-9 * spread.max()
+        inputs = torch.where(used, (wide - mean) / spread, 0.0)
+        target = (importance.to(x.device).double() / importance.double().mean() + _FLOOR).log()
+        slopes = _ridge(inputs, target - target.mean(), self.ridge * len(x))
+        slopes = torch.where(used, slopes / spread, 0.0) * -self.strength
+        probe = torch.cat([slopes, -(slopes @ mean).view(1)])
+        if not probe.isfinite().all():
+            raise CalibrationError("inputs or gradients on the calibration text have NaN or Inf")
+        return probe.float()
+
+    def scale(
+        self, x: Tensor, threshold: Tensor, sparsity: float, probe: Tensor | None = None
+    ) -> Tensor | None:
+        """exp(p(x)) of every token, in float32; None without a probe: one cut-off for all."""
+        return None if probe is None else ops.probe_scale(x, probe, self.limit)
+
+
+def _ridge(inputs: Tensor, target: Tensor, penalty: float) -> Tensor:
+    """β [K] that minimises |Xβ − y|² + penalty·|β|², X [T, K]; whichever side is smaller."""
+    tokens, channels = inputs.shape
+    gram: Tensor
+    solved: Tensor
+    if tokens < channels:
+        gram = inputs @ inputs.t()
+        gram.diagonal().add_(penalty)
+        solved = torch.linalg.solve(gram, target)
+        return inputs.t() @ solved
+    gram = inputs.t() @ inputs
+    gram.diagonal().add_(penalty)
+    solved = torch.linalg.solve(gram, inputs.t() @ target)
+    return solved
