@@ -244,7 +244,9 @@ def eval_ppl(
     window: Window = 512,
     selector: Annotated[
         str | None,
-        typer.Option(help="threshold, relative, topk or statistical; default: the method's."),
+        typer.Option(
+            help="threshold, importance, relative, topk or statistical; default: the method's."
+        ),
     ] = None,
     correction: Annotated[
         str | None, typer.Option(help="Such as none, bias or low-rank; default: the method's.")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import wina
 from wina.cli_options import load_model
-from wina.integrations.vllm.step import STEP
+from wina.integrations.vllm.step import STEP, Scales
 from wina.kernels.reference import keep_mask
 from wina.patch import patch_of
 from wina.testing import random_tokens, tiny_model, tiny_tokenizer
@@ -30,11 +30,16 @@ Seen = dict[str, list[tuple[Tensor, Tensor]]]
 def make_folder(folder: Path, sparsity: float, model: str = "tiny") -> Path:
     """As a sparsified model saves itself, with a tokenizer: a tiny Llama, or a demo model.
 
-    The tiny one's sparse products have constants, large enough to be missed.
+    The sparse products of ``tiny`` have constants, large enough to be missed, those of
+    ``tiny-importance`` probes.
     """
     settings = wina.SparsityConfig(sparsity=sparsity, window=128, calibration_tokens=2048)
-    if model == "tiny":
-        settings = replace(settings, refinement="learned:steps=4:constants=0.5:batch=256:text=1024")
+    tiny = {
+        "tiny": {"refinement": "learned:steps=4:constants=0.5:batch=256:text=1024"},
+        "tiny-importance": {"selector": "importance"},
+    }
+    if model in tiny:
+        settings = replace(settings, **tiny[model])  # type: ignore[arg-type]
         loaded: Any = tiny_model("llama", hidden_size=128, head_dim=32)
         tokenizer, texts = tiny_tokenizer(), random_tokens(2048, seed=1)
     else:
@@ -52,15 +57,19 @@ class Recorder:
     def __init__(self) -> None:
         self.seen: Seen = {}
 
-    def of_vllm(self, layer: str, x: Tensor, thresholds: Tensor) -> None:
+    def of_vllm(self, layer: str, x: Tensor, thresholds: Tensor, scales: Scales) -> None:
         parent, _, leaf = layer.rpartition(".")
-        for part, threshold in zip(MERGED.get(leaf, (leaf,)), thresholds, strict=True):
-            self.add(f"{parent}.{part}", x, threshold)
+        for part, *cut in zip(MERGED.get(leaf, (leaf,)), thresholds, scales, strict=True):
+            self.add(f"{parent}.{part}", x, *cut)
 
-    def of_transformers(self, name: str, x: Tensor, threshold: Tensor, scale: object) -> None:
-        self.add(name, x.flatten(0, -2), threshold)
+    def of_transformers(
+        self, name: str, x: Tensor, threshold: Tensor, scale: Tensor | None
+    ) -> None:
+        self.add(name, x.flatten(0, -2), threshold, None if scale is None else scale.flatten())
 
-    def add(self, name: str, x: Tensor, threshold: Tensor) -> None:
+    def add(self, name: str, x: Tensor, threshold: Tensor, scale: Tensor | None) -> None:
+        if scale is not None:
+            threshold = threshold * scale[:, None]
         self.seen.setdefault(name, []).append((x.clone(), threshold.clone()))
 
 

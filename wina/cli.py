@@ -131,7 +131,9 @@ def calibrate(
     sparsity: Sparsity = 0.5,
     selector: Annotated[
         str | None,
-        typer.Option(help="threshold, relative, topk or statistical; default: the method's."),
+        typer.Option(
+            help="threshold, importance, relative, topk or statistical; default: the method's."
+        ),
     ] = None,
     mask: Annotated[
         str, typer.Option(help="One mask per projection, or per group.")

@@ -32,7 +32,8 @@ class SparsityConfig:
         method: a name of :data:`wina.methods.METHODS`, which sets criterion and allocation.
         sparsity: share of input channels dropped on average, in [0, 1).
         criterion: overrides the method's, such as ``"norm-power:0.3"``.
-        selector: overrides the method's: ``"threshold"`` (calibrated, what is deployed),
+        selector: overrides the method's: ``"threshold"`` (one calibrated cut-off),
+            ``"importance"`` (lower for tokens whose errors cost more, which calibration learns),
             ``"relative"``, ``"topk"`` or ``"statistical"``.
         allocation: overrides the method's.
         correction: overrides the method's, such as ``"bias"``.

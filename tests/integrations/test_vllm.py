@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,7 +148,7 @@ def test_at_sparsity_0_tokens_are_those_of_the_dense_engine(
     assert tokens == dense_tokens(made(model)[0.0])
 
 
-@pytest.mark.parametrize("model", ["tiny", SMOL])
+@pytest.mark.parametrize("model", ["tiny", "tiny-importance", SMOL])
 def test_at_50_percent_masks_and_log_probabilities_are_ours(
     made: Callable[[str], Folders], model: str
 ) -> None:
@@ -314,3 +315,22 @@ def test_a_plan_for_other_weights_is_refused(folders: Folders, tmp_path: Path) -
     settings = {"quant_method": "wina", "plan": str(folders[0.5] / "wina")}
     with pytest.raises(Exception, match="other weights than the model the plan was made for"):
         generate(tmp_path, hf_overrides={"quantization_config": settings})
+
+
+def test_ranks_that_share_a_hidden_state_refuse_probes(
+    folders: Folders, made: Callable[[str], Folders], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wina.integrations.vllm import plugin
+
+    monkeypatch.setattr(plugin, "RowParallelLinear", SimpleNamespace)
+    for folder, refused in ((folders[0.5], False), (made("tiny-importance")[0.5], True)):
+        plan = wina.SparsityPlan.load(folder / "wina")
+        parts = [plan.layers["model.layers.0.mlp.down_proj"]]
+        method = plugin.WinaLinearMethod("down", parts, plan.config.make_selector())
+        for ranks in (1, 2):
+            layer = SimpleNamespace(tp_size=ranks, weight=torch.zeros(1))
+            if refused and ranks == 2:
+                with pytest.raises(wina.WinaError, match="tensor_parallel_size=1"):
+                    method._probes(layer)
+            else:
+                assert (method._probes(layer) is not None) == refused

@@ -17,10 +17,12 @@ from wina.integrations.vllm.step import (
     step_linear,
     unpack,
 )
+from wina.kernels import reference
 from wina.kernels.reference import mask_inputs
 
 SPLITS = [7, 3, 3]
 CHANNELS = 13
+LIMIT = 0.5
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +47,13 @@ def merged(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def expected(
     x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | None, rows: Rows,
-    shift: Tensor | None = None,
+    shift: Tensor | None = None, probes: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """In float64, part by part."""
     parts = []
-    for block, threshold in zip(weight.split(SPLITS), thresholds, strict=True):
-        masked = mask_inputs(x, threshold)
+    for i, (block, threshold) in enumerate(zip(weight.split(SPLITS), thresholds, strict=True)):
+        scale = None if probes is None else reference.probe_scale(x, probes[i], LIMIT)
+        masked = mask_inputs(x, threshold, scale)
         if isinstance(rows, Tensor):
             masked = torch.where(rows[:, None], masked, x)
         parts.append((masked if rows is not False else x).double() @ block.double().t())
@@ -81,6 +84,31 @@ def test_each_part_has_its_own_mask_and_each_row_its_own_kind(
     torch.testing.assert_close(
         y.double(), expected(x, weight, thresholds, used, rows, shift), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("rows", [True, False, torch.tensor([True, False, False, True, True])])
+def test_probes_scale_the_thresholds_of_their_part(rows: Rows) -> None:
+    x, weight, thresholds, bias = merged()
+    probes = torch.randn(3, CHANNELS + 1)
+    probes[1] = 0.0  # a part without one
+    packed = pack(weight, SPLITS)
+    y = merged_product(x, packed, thresholds, bias, None, SPLITS, rows, probes, LIMIT)
+    want = expected(x, weight, thresholds, bias, rows, probes=probes)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    plain = expected(x, weight, thresholds, bias, rows)
+    assert torch.allclose(want, plain) == (rows is False)
+    counter = DecodedChannels()
+    STEP.observer, STEP.sparse_rows = counter, lambda tokens: rows
+    step_linear(x, packed, thresholds, bias, None, SPLITS, "layer", probes, LIMIT)
+    if rows is False:
+        assert counter.seen == 0
+        return
+    sparse = x[rows] if isinstance(rows, Tensor) else x
+    kept = [
+        reference.keep_mask(sparse, threshold, reference.probe_scale(sparse, probe, LIMIT))
+        for threshold, probe in zip(thresholds, probes, strict=True)
+    ]
+    assert counter.realised == pytest.approx(1 - float(torch.stack(kept).float().mean()))
 
 
 def test_a_compiled_graph_asks_anew_in_every_step() -> None:
@@ -118,5 +146,6 @@ def test_channels_are_counted_where_rows_are_sparse() -> None:
 
 def test_the_operator_is_sound() -> None:
     x, weight, thresholds, bias = merged()
-    arguments = (x, pack(weight, SPLITS), thresholds, bias, bias, SPLITS, "layer")
+    probes = torch.randn(3, CHANNELS + 1)
+    arguments = (x, pack(weight, SPLITS), thresholds, bias, bias, SPLITS, "layer", probes, LIMIT)
     torch.library.opcheck(step_linear, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -38,6 +38,7 @@ from wina.plan import JSON_FILE, TENSOR_FILE, ProjectionPlan, SparsityPlan, weig
 from wina.prefill import Prefill
 from wina.rotation import NO_ROTATION
 from wina.saving import PLAN_FOLDER, QUANT_METHOD
+from wina.selectors import Importance, Selector, Threshold
 
 # A plan's samples are of the unrounded weights; a checkpoint in bfloat16 is the same model.
 _SAMPLE_TOLERANCE = 2.0**-7
@@ -159,7 +160,8 @@ class WinaConfig(QuantizationConfig):  # type: ignore[misc]
             return UnquantizedLinearMethod()
         _refuse_cuda_graphs()
         STEP.sparse_rows = SparseRows(self._protocol_in_use)
-        return WinaLinearMethod(prefix, [self._plan.layers.get(name) for name in names])
+        parts = [self._plan.layers.get(name) for name in names]
+        return WinaLinearMethod(prefix, parts, self._plan.config.make_selector())
 
     def _names(self, prefix: str) -> list[str]:
         """What transformers calls the parts of a merged layer."""
@@ -170,7 +172,6 @@ class WinaConfig(QuantizationConfig):  # type: ignore[misc]
 def _refuse_unserved(plan: SparsityPlan) -> None:
     config = plan.config
     for setting, found, served in (
-        ("selector", config.selector_spec, "threshold"),
         ("correction", config.correction_spec, "none"),
         ("rotation", plan.rotation, NO_ROTATION),
         ("weight_dtype", config.weight_dtype, None),
@@ -178,6 +179,8 @@ def _refuse_unserved(plan: SparsityPlan) -> None:
     ):
         if found != served:
             raise ConfigError(f"{setting} {found!r} is not served in vLLM")
+    if not isinstance(config.make_selector(), Threshold | Importance):
+        raise ConfigError(f"selector {config.selector_spec!r} is not served in vLLM")
 
 
 def _refuse_cuda_graphs() -> None:
@@ -198,11 +201,13 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     Args:
         prefix: vLLM's name of the layer.
         parts: the plan of each part, None for one that stays dense.
+        selector: of the plan.
     """
 
-    def __init__(self, prefix: str, parts: list[ProjectionPlan | None]) -> None:
+    def __init__(self, prefix: str, parts: list[ProjectionPlan | None], selector: Selector) -> None:
         super().__init__()
         self._prefix, self._parts = prefix, parts
+        self._limit = selector.limit if isinstance(selector, Importance) else 1.0
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Lay the weight out for the kernels, once it is loaded."""
@@ -215,6 +220,7 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         blocks = weight.split(splits)
         rows = [self._threshold(*pair, layer) for pair in zip(self._parts, blocks, strict=True)]
         layer.register_buffer("wina_thresholds", torch.stack(rows), persistent=False)
+        layer.register_buffer("wina_probes", self._probes(layer), persistent=False)
         shifts = [self._shift(*pair, layer) for pair in zip(self._parts, splits, strict=True)]
         # In the dtype of the products now, not at every step.
         shifted = any(bool(shift.any()) for shift in shifts)
@@ -241,6 +247,21 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             raise PlanError(f"{name} reads {channels} channels, in the plan {len(threshold)}")
         return threshold[layer.tp_rank * channels :][:channels]
 
+    def _probes(self, layer: Any) -> Tensor | None:
+        """[S, K + 1] float32, zeros for a part without one; None where no part has one."""
+        found = [None if part is None else part.probe for part in self._parts]
+        lengths = [len(probe) for probe in found if probe is not None]
+        if not lengths:
+            return None
+        if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
+            raise ConfigError(
+                "selector 'importance' looks at whole hidden states, which the ranks of "
+                f"{self._prefix} share among them: calibrate with selector='threshold', or serve "
+                "with tensor_parallel_size=1"
+            )
+        nothing = torch.zeros(lengths[0])
+        return torch.stack([nothing if p is None else p for p in found]).to(layer.weight.device)
+
     @staticmethod
     def _shift(part: ProjectionPlan | None, rows: int, layer: Any) -> Tensor:
         """What the outputs of a part that this rank holds [N of this rank] get, float32."""
@@ -264,6 +285,8 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             layer.wina_shift,
             layer.wina_splits,
             self._prefix,
+            layer.wina_probes,
+            self._limit,
         )
 
 
