@@ -53,46 +53,65 @@ def test_projections_with_one_mask_have_one_importance(llama: nn.Module) -> None
         torch.testing.assert_close(together[name], sum(apart.values()))
 
 
-def weighed(tokens: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+def weighed(windows: int, tokens: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, what tells a token's importance, and the importance."""
     generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(tokens, channels, generator=generator) * torch.rand(channels) + 1.0
+    x = torch.randn(windows, tokens, channels, generator=generator) * torch.rand(channels) + 1.0
     direction = torch.randn(channels, generator=generator) / channels**0.5
     return x, direction, (x @ direction).exp()
 
 
-@pytest.mark.parametrize(("tokens", "channels"), [(2000, 24), (60, 200)])
+@pytest.mark.parametrize(("tokens", "channels"), [(500, 24), (15, 200)])
 def test_the_probe_is_the_ridge_regression(tokens: int, channels: int) -> None:
     """Primal and dual alike, against the normal equations."""
-    x, _, importance = weighed(tokens, channels)
-    selector = Importance(strength=0.4, ridge=0.2)
+    x, _, importance = weighed(4, tokens, channels)
+    x = x + torch.randn(4, 1, channels)  # windows differ
+    selector = Importance(strength=0.4, ridge=0.2, steadiness=3)
     probe = selector.fit(x, importance)
     assert probe is not None
     assert probe.shape == (channels + 1,)
     wide = x.double()
-    standard = (wide - wide.mean(0)) / wide.std(0, correction=0)
+    standard = (wide - wide.mean((0, 1))) / wide.std((0, 1), correction=0)
     target = (importance.double() / importance.double().mean() + 1e-4).log()
-    target -= target.mean()
-    gram = standard.t() @ standard + 0.2 * tokens * torch.eye(channels)
-    want = -0.4 * standard @ torch.linalg.solve(gram, standard.t() @ target)
+    gram = 0.2 * 4 * tokens * torch.eye(channels, dtype=torch.float64)
+    seen = torch.zeros(channels, dtype=torch.float64)
+    for inputs, log in zip(standard, target, strict=True):
+        level = inputs.mean(0)
+        gram += (inputs - level).t() @ (inputs - level) + 3 * tokens * torch.outer(level, level)
+        seen += (inputs - level).t() @ (log - log.mean())
+    want = -0.4 * standard @ torch.linalg.solve(gram, seen)
     torch.testing.assert_close(wide @ probe[:-1].double() + probe[-1], want, rtol=1e-4, atol=1e-5)
 
 
 def test_important_tokens_keep_more() -> None:
-    x, direction, importance = weighed(4000, 24)
-    selector = Importance(ridge=1e-6)
+    x, direction, importance = weighed(2, 2000, 24)
+    selector = Importance(ridge=1e-6, steadiness=0)
     probe = selector.fit(x, importance)
     scale = selector.scale(x, torch.ones(24), 0.5, probe)
     assert scale is not None
-    told = -0.25 * (x - x.mean(0)) @ direction
-    torch.testing.assert_close(scale.log(), told.clamp(-0.5, 0.5), rtol=0, atol=0.02)
-    kept = keep_mask(x - 1.0, torch.full((24,), 0.3), scale).float().mean(1)
+    told = -0.25 * (x - x.mean((0, 1))) @ direction
+    torch.testing.assert_close(scale.log(), told.clamp(-0.5, 0.5), rtol=0, atol=0.03)
+    kept = keep_mask(x - 1.0, torch.full((24,), 0.3), scale).float().mean(-1)
     assert kept[importance > 2].mean() > kept[importance < 0.5].mean() + 0.02
 
 
+def test_a_steady_probe_does_not_tell_texts_apart() -> None:
+    """What distinguishes windows, and nothing within them, moves no cut-off."""
+    x, direction, _ = weighed(8, 400, 24)
+    x = x + torch.randn(8, 1, 1) * direction  # along what tells the importance
+    importance = (x @ direction).exp()
+    spread = {}
+    for steadiness in (0, 1000):
+        probe = Importance(steadiness=steadiness).fit(x, importance)
+        assert probe is not None
+        said = (x @ probe[:-1]).mean(1)
+        spread[steadiness] = float(said.std() / (x @ probe[:-1] - said[:, None]).std())
+    assert spread[1000] < 0.2 * spread[0]
+
+
 def test_constant_channels_say_nothing() -> None:
-    x, _, importance = weighed(500, 6)
-    x[:, 2] = 7.0
+    x, _, importance = weighed(2, 250, 6)
+    x[..., 2] = 7.0
     probe = Importance().fit(x, importance)
     assert probe is not None
     assert probe[2] == 0.0
@@ -101,8 +120,8 @@ def test_constant_channels_say_nothing() -> None:
 
 @pytest.mark.parametrize("where", ["x", "importance"])
 def test_nan_on_the_calibration_text_is_an_error(where: str) -> None:
-    x, _, importance = weighed(50, 6)
-    (x if where == "x" else importance)[3] = torch.nan
+    x, _, importance = weighed(2, 25, 6)
+    (x if where == "x" else importance)[1, 3] = torch.nan
     with pytest.raises(CalibrationError, match="NaN"):
         Importance().fit(x, importance)
 
@@ -113,7 +132,7 @@ def test_a_nan_keeps_the_token_whole() -> None:
     assert keep_mask(x, torch.ones(2), scale).tolist() == [[True, True], [False, False]]
 
 
-@pytest.mark.parametrize("spec", ["strength=0", "limit=-1", "ridge=0"])
+@pytest.mark.parametrize("spec", ["strength=0", "limit=-1", "ridge=0", "steadiness=-1"])
 def test_settings_that_mean_nothing(spec: str) -> None:
     with pytest.raises(ConfigError, match=spec.partition("=")[0]):
         create(SELECTORS, f"importance:{spec}")

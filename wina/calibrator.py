@@ -264,7 +264,7 @@ class Layer:
             tokens = tokens - self.center.to(tokens.dtype)
         try:
             if self.importance is not None and self.threshold is None:
-                self.probe = self._fitted_probe(tokens, x.shape[:-1])
+                self.probe = self._fitted_probe(x)
             self.scores.count(self.histogram, tokens, self.sparsity, self.probe)
         except CalibrationError as error:
             raise CalibrationError(f"{self.projection.name}: {error}") from None
@@ -279,19 +279,22 @@ class Layer:
             return x
         return torch.cat([x[..., :start, :], torch.where(keep, tokens, 0.0)], dim=-2)
 
-    def _fitted_probe(self, tokens: Tensor, shape: torch.Size) -> Tensor | None:
-        """The selector's probe of the inputs that are sparse, of those of this shape.
+    def _fitted_probe(self, x: Tensor) -> Tensor | None:
+        """The selector's probe of inputs [B, S, K] or [B·S, K].
 
         None where a projection does not see all tokens, as routed experts do: there is nothing
         then that tells which ones these are.
         """
         assert self.importance is not None
-        known = self.importance.flatten()[: shape.numel()]
-        if len(known) < shape.numel():
+        length = self.importance.shape[1]
+        windows, rest = divmod(x.shape[:-1].numel(), length)
+        if rest or windows > len(self.importance):
             return None
-        start = shape[-1] - tokens.shape[-2]
-        known = known.view(shape)[..., start:]
-        return self.scores.selector.fit(tokens.flatten(0, -2), known.flatten())
+        start = self.prefill.start(length)
+        tokens = x.reshape(windows, length, -1)[:, start:]
+        if self.center is not None:
+            tokens = tokens - self.center.to(tokens.dtype)
+        return self.scores.selector.fit(tokens, self.importance[:windows, start:])
 
     def correct(self, y: Tensor) -> Tensor:
         """Fit the correction to the products y [B, S, N] of masked inputs, and add it to them."""

@@ -29,8 +29,9 @@ class Selector(ABC):
         """What :meth:`scale` reads off a hidden state of one projection, None if nothing.
 
         Args:
-            x: its inputs on calibration text [T, K].
-            importance: of these tokens [T] float32, :func:`wina.importance.token_importance`.
+            x: its inputs on calibration text [windows, T, K].
+            importance: of these tokens [windows, T] float32, see
+                :func:`wina.importance.token_importance`.
 
         Returns:
             A probe [K + 1] float32, its constant last.

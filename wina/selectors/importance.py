@@ -23,31 +23,55 @@ class Importance(Selector):
     but the hidden state says much of it: the probe is a ridge regression of log |Wᵀg|² on the
     input of the projection. Ours; it reads K + 1 numbers.
 
+    What text a token is in must not move its cut-off, or texts unlike the calibration text would be
+    read more or less than was asked. So the probe is fitted to differences within a window, and is
+    penalised for telling windows apart.
+
     Args:
         strength: p is the predicted log |Wᵀg|², from its mean, times −strength. A perfect
             prediction of small errors would ask for 0.5.
         limit: of |p|: text of another kind makes linear probes say too much.
-        ridge: of the regression, in units of the tokens' number, on standardised inputs.
+        ridge: of the regression on standardised inputs, in units of the number of tokens.
+        steadiness: penalty of squared differences between the means of windows, relative to the
+            squared errors of as many tokens.
     """
 
     weighs_tokens = True
 
-    def __init__(self, strength: float = 0.25, limit: float = 0.5, ridge: float = 0.5) -> None:
+    def __init__(
+        self,
+        strength: float = 0.25,
+        limit: float = 0.5,
+        ridge: float = 0.5,
+        steadiness: float = 100.0,
+    ) -> None:
         for name, value in (("strength", strength), ("limit", limit), ("ridge", ridge)):
             if not 0.0 < value < float("inf"):
                 raise ConfigError(f"{name} is a positive number, not {value:g}")
+        if not 0.0 <= steadiness < float("inf"):
+            raise ConfigError(f"steadiness is zero or more, not {steadiness:g}")
         self.strength = strength
         self.limit = limit
         self.ridge = ridge
+        self.steadiness = steadiness
 
     def fit(self, x: Tensor, importance: Tensor) -> Tensor | None:
         """The probe [K + 1] float32."""
         wide = x.double()
-        mean, spread = wide.mean(0), wide.std(0, correction=0)
+        mean, spread = wide.mean((0, 1)), wide.std((0, 1), correction=0)
         used = spread > 1e-9 * spread.max()
         inputs = torch.where(used, (wide - mean) / spread, 0.0)
         target = (importance.to(x.device).double() / importance.double().mean() + _FLOOR).log()
-        slopes = _ridge(inputs, target - target.mean(), self.ridge * len(x))
+        levels = inputs.mean(1, keepdim=True)
+        rows = (inputs - levels).flatten(0, 1)
+        steady = levels[:, 0] * (self.steadiness * x.shape[1]) ** 0.5
+        slopes = _ridge(
+            torch.cat([rows, steady]),
+            torch.cat(
+                [(target - target.mean(1, keepdim=True)).flatten(), steady.new_zeros(len(x))]
+            ),
+            self.ridge * len(rows),
+        )
         slopes = torch.where(used, slopes / spread, 0.0) * -self.strength
         probe = torch.cat([slopes, -(slopes @ mean).view(1)])
         if not probe.isfinite().all():
