@@ -180,10 +180,11 @@ def test_command(tmp_path: Path) -> None:
     there = ["--offload", str(tmp_path / "offload"), "--measurements", str(kept)]
     want = realised("a", "0.5")
     assert realised("b", "0.5", *there) == want
-    (file,) = kept.iterdir()
-    before = file.stat().st_mtime_ns
+    before = {path: path.stat().st_mtime_ns for path in kept.iterdir()}
+    # The curves of Fisher; the importance of tokens, and its hash.
+    assert sorted(path.suffix for path in before) == [".json", ".json", ".safetensors"]
     realised("c", "0.4", *there)
-    assert [path.stat().st_mtime_ns for path in kept.iterdir()] == [before]
+    assert {path: path.stat().st_mtime_ns for path in kept.iterdir()} == before
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     wina.sparsify(model, wina.SparsityPlan.load(tmp_path / "b"))
     assert logits(model, random_tokens(8)[None]).isfinite().all()

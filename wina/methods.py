@@ -1,9 +1,9 @@
 """Methods: published names for combinations of criterion, allocation, correction and the like.
 
-A method is a row here; what it does stands in ``criteria/``, ``allocation/``, ``refinement/``,
-``corrections/`` and ``rotation/``. What a method has to compute before it can decide is said by its
+A method is a row here; what it does stands in ``criteria/``, ``allocation/``, ``selectors/``,
+``refinement/``, ``corrections/`` and ``rotation/``. What a method has to compute before it can decide is said by its
 parts (:attr:`Method.needs`); at run time all of them cost one threshold per channel, and what their
-correction and rotation add.
+selector, correction and rotation add.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from wina.needs import Needs, most
 from wina.refinement import NO_REFINEMENT, REFINEMENTS
 from wina.registry import Registry, create
 from wina.rotation import NO_ROTATION
+from wina.selectors import SELECTORS
 
 # Projections whose columns WINA's rotation makes orthogonal; the fused ones hold them.
 _ORTHOGONAL_ROLES = ("k_proj", "gate_proj", "qkv_proj", "gate_up_proj")
@@ -58,8 +59,10 @@ class Method:
 
     @property
     def needs(self) -> Needs:
-        """What its allocation policy, its refinement and its correction have to compute."""
+        """What its allocation, its selector, its refinement and its correction have to compute."""
+        weighs = create(SELECTORS, self.selector).weighs_tokens
         return most(
+            Needs.GRADIENTS if weighs else Needs.NOTHING,
             create(ALLOCATIONS, self.allocation).needs,
             create(REFINEMENTS, self.refinement).needs,
             create(CORRECTIONS, self.correction).needs,
@@ -129,13 +132,18 @@ METHODS.register("wisparse")(
     Method("norm-power:0.5", "uniform", "|x|·‖W‖₂^α with α = 0.5, arXiv 2602.14452")
 )
 METHODS.register("wina-plus")(
-    Method("norm-power:0.5", "fisher", "|x|·‖W‖₂^½, bytes spent where the loss asks for it")
+    Method(
+        "norm-power:0.5",
+        "fisher",
+        "|x|·‖W‖₂^½, bytes spent on the projections and the tokens where the loss asks for them",
+        selector="importance",
+    )
 )
 METHODS.register("wina-learned")(
     Method(
         "norm-power:0.5",
         "fisher",
-        "wina-plus, then thresholds and constants learned by KL with frozen weights: minutes",
+        "|x|·‖W‖₂^½, Fisher, thresholds and constants learned by KL with frozen weights: minutes",
         refinement="learned",
     )
 )
