@@ -24,7 +24,7 @@ MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 MARGIN = 1e-4  # relative distance from its threshold within which a channel may fall on either side
 
 Seen = dict[str, list[tuple[Tensor, Tensor]]]
-"""Projection → (inputs [t, K], threshold [K]) of each of its sparse products."""
+"""Projection → (inputs [t, K], thresholds [K] or [t, K]) of each of its sparse products."""
 
 
 def make_folder(folder: Path, sparsity: float, model: str = "tiny") -> Path:
@@ -187,9 +187,10 @@ def assert_same_masks(theirs: Seen, ours: Seen, steps: int) -> None:
     for step in range(steps):
         for name, found in theirs.items():
             (x, threshold), (our_x, our_threshold) = found[step], ours[name][step]
-            assert torch.equal(threshold, our_threshold)
+            # Equal but for the factors of tokens, which are read off hidden states.
+            torch.testing.assert_close(threshold, our_threshold, rtol=MARGIN / 10, atol=0)
             keep = keep_mask(x, threshold)
-            other = keep != keep_mask(our_x, threshold)
+            other = keep != keep_mask(our_x, our_threshold)
             if other.any():
                 distance = (x.abs() / threshold - 1).abs()[other].max()
                 assert distance <= MARGIN, f"{name}, step {step}"

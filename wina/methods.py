@@ -1,9 +1,9 @@
 """Methods: published names for combinations of criterion, allocation, correction and the like.
 
 A method is a row here; what it does stands in ``criteria/``, ``allocation/``, ``selectors/``,
-``refinement/``, ``corrections/`` and ``rotation/``. What a method has to compute before it can decide is said by its
-parts (:attr:`Method.needs`); at run time all of them cost one threshold per channel, and what their
-selector, correction and rotation add.
+``refinement/``, ``corrections/`` and ``rotation/``. What a method has to compute before it can
+decide is said by its parts (:attr:`Method.needs`); at run time all of them cost one threshold per
+channel, and what their selector, correction and rotation add.
 """
 
 from __future__ import annotations
