@@ -1,16 +1,20 @@
 """Tokens weighed by what the loss makes of their errors, and cut-offs that follow."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from allocation_problem import problem_of
 from conftest import CALIBRATION, config, plan_for
 from torch import Tensor, nn
 
 import wina
+from wina.allocation import Measurements, gradients
 from wina.errors import CalibrationError, ConfigError, PlanError
-from wina.importance import token_importance
+from wina.importance import TokenImportance
 from wina.kernels import ops, reference
 from wina.kernels.reference import keep_mask
 from wina.plan import SparsityPlan
@@ -27,7 +31,7 @@ def test_importance_is_the_gradient_at_the_input(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("wina.allocation.gradients._direction", lambda *_: direction)
     windows = random_tokens(40).view(2, 20)
     projections = find_projections(model)
-    found = token_importance(model, [[p] for p in projections], windows)
+    found = TokenImportance(model, [[p] for p in projections], windows).measured()
     assert list(found) == [p.name for p in projections]
     for name in ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"):
         slopes = []
@@ -47,8 +51,8 @@ def test_importance_is_the_gradient_at_the_input(monkeypatch: pytest.MonkeyPatch
 def test_projections_with_one_mask_have_one_importance(llama: nn.Module) -> None:
     projections = find_projections(llama)[:3]
     windows = random_tokens(64).view(2, 32)
-    apart = token_importance(llama, [[p] for p in projections], windows)
-    together = token_importance(llama, [projections], windows)
+    apart = TokenImportance(llama, [[p] for p in projections], windows).measured()
+    together = TokenImportance(llama, [projections], windows).measured()
     for name in apart:
         torch.testing.assert_close(together[name], sum(apart.values()))
 
@@ -215,21 +219,64 @@ def test_every_architecture(model: nn.Module) -> None:
         assert model(input_ids=CALIBRATION[None, :8]).logits.isfinite().all()
 
 
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Watches in each pass of gradients."""
+    seen: list[int] = []
+    right = gradients.differentiate
+
+    def counted(model: nn.Module, watched: Sequence[Any], *rest: Any, **more: Any) -> None:
+        seen.append(len(watched))
+        right(model, watched, *rest, **more)
+
+    monkeypatch.setattr("wina.importance.differentiate", counted)
+    monkeypatch.setattr(gradients, "differentiate", counted)
+    return seen
+
+
+@pytest.mark.parametrize(("allocation", "watches"), [("uniform", [14]), ("fisher", [28])])
+def test_one_pass_for_all_that_looks_at_gradients(
+    llama: nn.Module, allocation: str, watches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = passes(monkeypatch)
+    plan_for(llama, selector="importance", allocation=allocation)
+    assert seen == watches
+
+
+def test_a_pass_of_others_shows_the_same(llama: nn.Module) -> None:
+    problem = problem_of(llama)
+    units = [unit.projections for unit in problem.units]
+    own = TokenImportance(llama, units, problem.windows).measured()
+    shared = TokenImportance(llama, units, problem.windows)
+    grids = dict.fromkeys(own, (0.5,))
+    gradients.loss_changes(replace(problem, watched=shared.watched), grids, problem.windows)
+    found = shared.measured()
+    assert all(torch.equal(found[name], own[name]) for name in own)
+    # A pass over some of the text is not enough.
+    some = TokenImportance(llama, units, problem.windows)
+    gradients.loss_changes(replace(problem, watched=some.watched), grids, problem.windows[:2])
+    assert list(some.measured()) == list(own)
+
+
 def test_what_was_measured_serves_all_sparsities(
     llama: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
-    right = token_importance
-
-    def counted(*arguments: object) -> dict[str, Tensor]:
-        calls.append(1)
-        return right(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("wina.calibration.token_importance", counted)
-    measurements = wina.allocation.Measurements(0.6)
+    seen = passes(monkeypatch)
+    measurements = Measurements(0.6)
     for sparsity in (0.3, 0.6):
-        settings = config(selector="importance", sparsity=sparsity)
+        settings = config(selector="importance", allocation="fisher", sparsity=sparsity)
         wina.calibrate(
             llama, None, settings, CALIBRATION, show_progress=False, measurements=measurements
         )
-    assert len(calls) == 1
+    assert len(seen) == 1
+
+
+def test_wide_projections_are_fitted_on_some_of_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, _, importance = weighed(4, 16, 40)
+    whole = Importance().fit(x, importance)
+    monkeypatch.setattr("wina.selectors.importance._MOST", 32)
+    some = Importance().fit(x, importance)
+    want = Importance().fit(x[[0, 3]], importance[[0, 3]])
+    assert some is not None
+    assert want is not None
+    assert not torch.equal(some, whole)
+    torch.testing.assert_close(some, want)

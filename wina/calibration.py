@@ -20,7 +20,7 @@ from wina.calibrator import Calibrator
 from wina.config import SparsityConfig
 from wina.errors import CalibrationError, PatchStateError, UnsupportedModelError
 from wina.experts import ROLES, ExpertsCalibrator, FusedExperts
-from wina.importance import token_importance
+from wina.importance import TokenImportance
 from wina.methods import METHODS
 from wina.offload import WeightsOf, is_offloaded
 from wina.plan import (
@@ -141,6 +141,8 @@ def calibrate(
         layers = run(seen, problem.by_projection(sparsities), plain).plans()
         return {name: layer.threshold for name, layer in layers.items()}
 
+    importance = TokenImportance(model, [unit.projections for unit in units], windows)
+    weighs = config.make_selector().weighs_tokens and config.sparsity > 0.0
     problem = Problem(
         units=units,
         sparsity=config.sparsity,
@@ -161,20 +163,18 @@ def calibrate(
                 for name in ("mask", "sink_tokens", "weight_dtype", "seed")
             },
         },
+        watched=importance.watched if weighs else (),
         show_progress=show_progress,
     )
     allocation = config.make_allocation() if config.sparsity else Uniform()
     sparsities = problem.by_projection(allocation.allocate(problem))
     title = f"calibrating {config.method} at {config.sparsity:.0%}"
-    importance = None
-    if config.make_selector().weighs_tokens and config.sparsity:
-        importance = problem.measured_tensors(
-            lambda: token_importance(
-                model, [unit.projections for unit in units], windows, show_progress
-            ),
-            importance="curvature of KL",
+    weighed = None
+    if weighs:
+        weighed = problem.measured_tensors(
+            lambda: importance.measured(show_progress), importance="curvature of KL"
         )
-    found = run(_scores(model, units, config), sparsities, config, title, show_progress, importance)
+    found = run(_scores(model, units, config), sparsities, config, title, show_progress, weighed)
     plan = SparsityPlan(
         config=config,
         model_type=model_type_of(model),

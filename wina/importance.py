@@ -25,12 +25,7 @@ class _Energy(Watch):
         self.windows.append(at_input.float().square().sum(-1).cpu())
 
 
-def token_importance(
-    model: nn.Module,
-    units: Sequence[Sequence[Projection]],
-    windows: Tensor,
-    show_progress: bool = False,
-) -> dict[str, Tensor]:
+class TokenImportance:
     """|Wᵀg|² of every token, g = ∂loss/∂output of a projection.
 
     A small error δx of the projection's input changes the loss by gᵀWδx. The loss is a random
@@ -41,19 +36,37 @@ def token_importance(
         model: dense; it is run and left as it was.
         units: projections that share a mask, and so the sum of their tokens' importance.
         windows: token ids [windows, S].
-        show_progress: draw a progress bar on stderr.
-
-    Returns:
-        Projection name → [windows, S] float32 on the CPU; none for a projection that does not see
-        every token.
     """
-    watched = {p.name: _Energy(linear_of(model, p.name)) for unit in units for p in unit}
-    differentiate(model, list(watched.values()), windows, show_progress)
-    found = {}
-    for unit in units:
-        members = [watched[projection.name].windows for projection in unit]
-        if any(sum(map(len, member)) != windows.numel() for member in members):
-            continue
-        total = sum((torch.cat(member) for member in members), start=torch.zeros(windows.numel()))
-        found.update({projection.name: total.view(windows.shape) for projection in unit})
-    return found
+
+    def __init__(
+        self, model: nn.Module, units: Sequence[Sequence[Projection]], windows: Tensor
+    ) -> None:
+        self._model = model
+        self._units = units
+        self._windows = windows
+        self._energies = {p.name: _Energy(linear_of(model, p.name)) for unit in units for p in unit}
+
+    @property
+    def watched(self) -> list[Watch]:
+        """What sees gradients: for a pass over the dense model and all windows that others make."""
+        return list(self._energies.values())
+
+    def measured(self, show_progress: bool = False) -> dict[str, Tensor]:
+        """Projection → [windows, S] float32 on the CPU; none for one that does not see all tokens.
+
+        Makes the pass unless another did.
+
+        Args:
+            show_progress: draw a progress bar on stderr.
+        """
+        if not any(energy.windows for energy in self._energies.values()):
+            differentiate(self._model, self.watched, self._windows, show_progress)
+        shape = self._windows.shape
+        found = {}
+        for unit in self._units:
+            members = [self._energies[projection.name].windows for projection in unit]
+            if any(sum(map(len, member)) != shape.numel() for member in members):
+                continue
+            total = sum((torch.cat(member) for member in members), start=torch.zeros(shape.numel()))
+            found.update({projection.name: total.view(shape) for projection in unit})
+        return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from wina.needs import Needs
 from wina.projections import Projection
 from wina.registry import Registry
 from wina.scores import ChannelScores
+
+if TYPE_CHECKING:
+    from wina.allocation.gradients import Watch
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Problem:
             ``windows`` with every projection before it sparse.
         measurements: what policies have measured on this model with this text.
         about: what a measurement depends on beside the policy, JSON-ready.
+        watched: who else wants to see the gradients of the dense model on all ``windows``, should
+            a policy compute them.
         show_progress: draw progress bars on stderr.
     """
 
@@ -58,6 +63,7 @@ class Problem:
     thresholds: Callable[[Mapping[str, float]], Mapping[str, Tensor]]
     measurements: Measurements | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    watched: Sequence[Watch] = ()
     show_progress: bool = False
 
     @property

@@ -82,6 +82,8 @@ def loss_changes(
         for unit in problem.units
         for projection in unit.projections
     ]
+    if point is None and windows.shape == problem.windows.shape:
+        watched += problem.watched
     differentiate(problem.model, watched, windows, problem.show_progress, sparse=point is not None)
     return found
 

@@ -31,7 +31,7 @@ class Selector(ABC):
         Args:
             x: its inputs on calibration text [windows, T, K].
             importance: of these tokens [windows, T] float32, see
-                :func:`wina.importance.token_importance`.
+                :class:`wina.importance.TokenImportance`.
 
         Returns:
             A probe [K + 1] float32, its constant last.

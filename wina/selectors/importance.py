@@ -11,6 +11,9 @@ from wina.selectors.base import SELECTORS, Selector
 
 # Importance below this share of the mean is all the same: its logarithm would be noise.
 _FLOOR = 1e-4
+# Tokens that are enough where a projection has more channels than this: the regression then costs
+# as its tokens do, not as its channels.
+_MOST = 4096
 
 
 @SELECTORS.register("importance")
@@ -57,6 +60,11 @@ class Importance(Selector):
 
     def fit(self, x: Tensor, importance: Tensor) -> Tensor | None:
         """The probe [K + 1] float32."""
+        windows, tokens, channels = x.shape
+        if channels > _MOST and windows * tokens > _MOST:
+            count = max(1, _MOST // tokens)
+            some = torch.linspace(0, windows - 1, count).round().to(torch.int64)
+            x, importance = x[some.to(x.device)], importance[some.to(importance.device)]
         wide = x.double()
         mean, spread = wide.mean((0, 1)), wide.std((0, 1), correction=0)
         used = spread > 1e-9 * spread.max()
