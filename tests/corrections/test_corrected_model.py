@@ -214,4 +214,4 @@ def test_extra_bytes_are_what_a_token_reads(terms: str, model_type: str) -> None
         free = module.out_features if module.bias is not None and found.bias is not None else 0
         want += 4 * (found.values - free)  # a constant is read in the place of the layer's bias
     assert wina.inspect(model).extra_bytes == want > 0
-    assert "corrections and rotations read" in str(wina.inspect(model))
+    assert "corrections, probes and rotations read" in str(wina.inspect(model))
