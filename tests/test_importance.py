@@ -280,3 +280,19 @@ def test_wide_projections_are_fitted_on_some_of_the_text(monkeypatch: pytest.Mon
     assert want is not None
     assert not torch.equal(some, whole)
     torch.testing.assert_close(some, want)
+
+
+def test_a_patched_projection_follows_its_probe(llama: nn.Module) -> None:
+    plan = plan_for(llama, selector="importance")
+    wina.sparsify(llama, plan)
+    module = llama.model.layers[1].mlp.down_proj
+    layer = plan.layers[module.name]
+    assert layer.probe is not None
+    x = torch.randn(1, 1, module.in_features)
+    scale = reference.probe_scale(x, layer.probe, 0.5)
+    with torch.no_grad():
+        want = reference.mask_inputs(x, layer.threshold, scale) @ module.weight.t()
+        torch.testing.assert_close(module(x), want, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(
+            want, reference.mask_inputs(x, layer.threshold) @ module.weight.t()
+        )
