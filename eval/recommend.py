@@ -166,7 +166,8 @@ class Adviser:
 
     def _extra(self, method: str, width: str, sparsity: float) -> int:
         config = self._config(method, width, sparsity)
-        if config.correction_spec == config.rotation_spec == "none":
+        weighs = config.make_selector().weighs_tokens
+        if not weighs and config.correction_spec == config.rotation_spec == "none":
             return 0
         with rotated(self.model, config.rotation_spec, self.tokenizer, show_progress=False):
             self._patch(config)

@@ -296,3 +296,27 @@ def test_a_patched_projection_follows_its_probe(llama: nn.Module) -> None:
         assert not torch.allclose(
             want, reference.mask_inputs(x, layer.threshold) @ module.weight.t()
         )
+
+
+def test_a_projection_without_influence_has_no_probe(llama: nn.Module) -> None:
+    with torch.no_grad():
+        llama.model.layers[1].self_attn.o_proj.weight.zero_()
+    plan = plan_for(llama, selector="importance")
+    assert plan.layers["model.layers.1.self_attn.q_proj"].probe is None
+    assert plan.layers["model.layers.1.mlp.up_proj"].probe is not None
+
+
+def test_plans_name_the_selector_that_weighs_tokens(llama: nn.Module, tmp_path: Path) -> None:
+    """Plans of before name none, and mean one cut-off for all tokens."""
+    plan = plan_for(llama, method="wina-plus")
+    loaded = SparsityPlan.load(plan.save(tmp_path / "new"))
+    assert loaded.config.selector == "importance"
+    old = replace(plan, config=replace(plan.config, selector="threshold"))
+    document = old._document("")
+    document["config"]["selector"] = None
+    tensors = {
+        f"{name}.{leaf}": getattr(layer, leaf)
+        for name, layer in plan.layers.items()
+        for leaf in ("threshold", "sample")
+    }
+    assert SparsityPlan._parse(document, tensors).config.selector_spec == "threshold"

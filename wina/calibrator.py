@@ -263,7 +263,7 @@ class Layer:
         if self.center is not None:
             tokens = tokens - self.center.to(tokens.dtype)
         try:
-            if self.importance is not None and self.threshold is None:
+            if self.importance is not None and self.threshold is None and self.sparsity > 0.0:
                 self.probe = self._fitted_probe(x)
             self.scores.count(self.histogram, tokens, self.sparsity, self.probe)
         except CalibrationError as error:

@@ -29,8 +29,11 @@ from wina.errors import PlanError, WinaError
 from wina.experts import recognise_experts
 from wina.files import read_json, write_together
 from wina.kernels.quantization import FORMATS, QuantizedWeight, check_layout
+from wina.methods import METHODS
 from wina.projections import Projection
+from wina.registry import create
 from wina.rotation import NO_ROTATION, rotation_of
+from wina.selectors import SELECTORS
 
 FORMAT = "wina-plan"
 VERSION = 2
@@ -250,7 +253,7 @@ class SparsityPlan:
             "format": FORMAT,
             "version": VERSION,
             "model_type": self.model_type,
-            "config": self.config.to_dict(),
+            "config": _settings(self.config),
             "calibration": dict(self.calibration),
             "realised": self.realised,
             "projections": [
@@ -354,8 +357,26 @@ class SparsityPlan:
         )
 
 
+def _settings(config: SparsityConfig) -> dict[str, Any]:
+    """JSON-ready settings. A selector that weighs tokens is named, also where it is the method's:
+    readers of before would take the thresholds for those of all tokens.
+    """
+    named = {"selector": config.selector_spec} if config.make_selector().weighs_tokens else {}
+    return {**config.to_dict(), **named}
+
+
 def _parse_config(settings: Mapping[str, Any]) -> SparsityConfig:
-    """The settings; plans of before :mod:`wina.rounding` were made for weights rounded plainly."""
+    """The settings; plans of before :mod:`wina.rounding` were made for weights rounded plainly,
+    and those that name no selector have one cut-off for all tokens, whatever the method has now.
+    """
+    if isinstance(settings, Mapping) and settings.get("selector") is None:
+        method = settings.get("method")
+        if (
+            isinstance(method, str)
+            and method in METHODS
+            and create(SELECTORS, METHODS[method].selector).weighs_tokens
+        ):
+            settings = {**settings, "selector": "threshold"}
     if isinstance(settings, Mapping) and settings.get("weight_dtype") is not None:
         settings = {"rounding": "nearest", **settings}
     return SparsityConfig.from_dict(settings)

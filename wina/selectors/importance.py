@@ -59,7 +59,9 @@ class Importance(Selector):
         self.steadiness = steadiness
 
     def fit(self, x: Tensor, importance: Tensor) -> Tensor | None:
-        """The probe [K + 1] float32."""
+        """The probe [K + 1] float32; None where no token's errors cost anything."""
+        if not importance.any():  # a projection without influence
+            return None
         windows, tokens, channels = x.shape
         if channels > _MOST and windows * tokens > _MOST:
             count = max(1, _MOST // tokens)
