@@ -237,7 +237,7 @@ class GridRun:
         """The saved plan of a config, or a new one, saved. It does not depend on the protocol."""
         config = replace(config, prefill="dense")
         identity = {
-            "model": self.fingerprint, "config": config.to_dict(), "texts": self.plan_texts,
+            "model": self.fingerprint, "config": config.record(), "texts": self.plan_texts,
             "versions": self.versions,
         }  # fmt: skip
         folder = self.folder / "plans" / _digest(identity)
@@ -327,7 +327,7 @@ class GridRun:
         }
         if column.config is not None:
             identity |= {
-                "config": column.config.to_dict(),
+                "config": column.config.record(),
                 "calibration": self.plan_texts,
                 "protocol": self.grid.protocol,
                 "agreement_tokens": self.grid.agreement_tokens,

@@ -83,3 +83,11 @@ def test_from_dict_refuses(values: dict[str, object]) -> None:
 )
 def test_prefill_start(spec: str, length: int, start: int) -> None:
     assert parse_prefill(spec, sink_tokens=2).start(length) == start
+
+
+def test_what_is_kept_names_a_selector_that_weighs_tokens() -> None:
+    """Else results of a method before it had one would be taken for those of today."""
+    settings = SparsityConfig(method="wina-plus")
+    assert settings.record() == {**settings.to_dict(), "selector": "importance"}
+    plain = SparsityConfig(method="wina")
+    assert plain.record() == plain.to_dict()

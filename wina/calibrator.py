@@ -70,7 +70,7 @@ class Calibrator:
                 projection, module, scores[name], sparsities[name], config, weighed
             )
             if measurements is not None:
-                about = {"rounded": name, "config": config.to_dict(), "sparsities": shares}
+                about = {"rounded": name, "config": config.record(), "sparsities": shares}
                 self.layers[name].kept = partial(measurements.tensors, about)
         self.gates = self._gates(model) if METHODS[config.method].gate_mask else []
 

@@ -200,6 +200,14 @@ class SparsityConfig:
         """JSON-ready fields."""
         return asdict(self)
 
+    def record(self) -> dict[str, Any]:
+        """:meth:`to_dict` for what is kept, with a selector that weighs tokens by its name.
+
+        It may be the method's, which had another before: nothing of then is taken for the same.
+        """
+        named = {"selector": self.selector_spec} if self.make_selector().weighs_tokens else {}
+        return {**self.to_dict(), **named}
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SparsityConfig:
         """Inverse of :meth:`to_dict`; an unknown field raises :class:`ConfigError`."""

@@ -253,7 +253,7 @@ class SparsityPlan:
             "format": FORMAT,
             "version": VERSION,
             "model_type": self.model_type,
-            "config": _settings(self.config),
+            "config": self.config.record(),
             "calibration": dict(self.calibration),
             "realised": self.realised,
             "projections": [
@@ -355,14 +355,6 @@ class SparsityPlan:
                 row["name"]: _parse_experts(row, tensors) for row in document.get("experts", ())
             },
         )
-
-
-def _settings(config: SparsityConfig) -> dict[str, Any]:
-    """JSON-ready settings. A selector that weighs tokens is named, also where it is the method's:
-    readers of before would take the thresholds for those of all tokens.
-    """
-    named = {"selector": config.selector_spec} if config.make_selector().weighs_tokens else {}
-    return {**config.to_dict(), **named}
 
 
 def _parse_config(settings: Mapping[str, Any]) -> SparsityConfig:

@@ -107,7 +107,9 @@ class WinaConfig(QuantizationConfig):  # type: ignore[misc]
         self._plan, self._protocol_in_use = plan, self._protocol(plan)
         if hf_config is not None:
             # vLLM leaves the quantization method out of the key of its compilation cache.
-            facts = [self._folder, self._prefill, sorted(plan.layers), plan.config.to_dict()]
+            probes = sorted(name for name, layer in plan.layers.items() if layer.probe is not None)
+            layers = [sorted(plan.layers), probes]
+            facts = [self._folder, self._prefill, layers, plan.config.record()]
             digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
             hf_config.wina_digest = digest.hexdigest()
         if plan.experts:
