@@ -355,8 +355,8 @@ def eval_frontier(
     ),
     count_as: CountAs = "bfloat16",
     widths: Annotated[
-        str, typer.Option(help="By commas: loaded (as it is), int8, int4.")
-    ] = "loaded,int8,int4",
+        str, typer.Option(help="By commas: loaded (as it is), int8, int4, int4+int4.")
+    ] = "loaded,int8,int4,int4+int4",
     tokens: TokensOfEach = 8192,
     window: Window = 512,
     settings: SettingsOfAll = "",

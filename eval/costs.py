@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from wina.bench.structure import SPARSE_KINDS, structure_of
-from wina.kernels.quantization import FORMATS, scales_of
+from wina.kernels.quantization import WEIGHT_DTYPES
 from wina.plan import weighted_mean
 from wina.projections import Projection, find_projections
 
-_SCALE_BYTES = 2
 _THRESHOLD_BYTES = 4
 
 
@@ -64,15 +63,15 @@ class TokenCosts:
 
         Args:
             realised: projection name → share of its rows that are not read; empty for dense.
-            weight_dtype: a key of :data:`FORMATS`, None for weights as loaded.
+            weight_dtype: a key of :data:`WEIGHT_DTYPES`, None for weights as loaded.
             extra: bytes of corrections and rotations as the model holds them.
         """
-        rows = {p.name: self._row_bytes(p, weight_dtype) for p in self.projections}
         kept = sum(
-            p.in_features * (1.0 - realised.get(p.name, 0.0)) * rows[p.name]
+            (1.0 - realised.get(p.name, 0.0)) * self._weight_bytes(p, weight_dtype)
             for p in self.projections
         )
-        thresholds = sum(p.in_features for p in self.projections) if realised else 0
+        planes = 1 if weight_dtype is None else WEIGHT_DTYPES[weight_dtype].planes
+        thresholds = planes * sum(p.in_features for p in self.projections) if realised else 0
         return TokenBytes(kept, thresholds * _THRESHOLD_BYTES, self.rest, extra * self._scale)
 
     def share(self, found: TokenBytes) -> float:
@@ -89,8 +88,8 @@ class TokenCosts:
         """Share of projection weights skipped."""
         return weighted_mean(self.projections, realised)
 
-    def _row_bytes(self, projection: Projection, weight_dtype: str | None) -> float:
-        N = projection.out_features
+    def _weight_bytes(self, projection: Projection, weight_dtype: str | None) -> float:
         if weight_dtype is None:
-            return float(N * self._itemsize)
-        return FORMATS[weight_dtype].row_bytes(N) + _SCALE_BYTES * scales_of(N)
+            return projection.weights * self._itemsize
+        kind = WEIGHT_DTYPES[weight_dtype]
+        return float(kind.bytes_of(projection.in_features, projection.out_features))

@@ -16,7 +16,7 @@ from wina.errors import WinaError
 from wina.eval.costs import TokenCosts
 from wina.eval.grid import Column, columns_of
 from wina.files import write_atomically
-from wina.kernels.quantization import FORMATS
+from wina.kernels.quantization import WEIGHT_DTYPES
 
 LOADED = "loaded"
 
@@ -31,13 +31,13 @@ def frontier_columns(
 
     Args:
         methods: each with settings of its own where wanted.
-        widths: ``"loaded"`` or keys of :data:`FORMATS`.
+        widths: ``"loaded"`` or keys of :data:`WEIGHT_DTYPES`.
         sparsities: above 0.
         common: settings that all share.
     """
     for width in widths:
-        if width != LOADED and width not in FORMATS:
-            known = ", ".join((LOADED, *FORMATS))
+        if width != LOADED and width not in WEIGHT_DTYPES:
+            known = ", ".join((LOADED, *WEIGHT_DTYPES))
             raise WinaError(f"unknown width {width!r}. Known: {known}.")
     columns = columns_of((), (), common)
     for width in widths:

@@ -20,7 +20,7 @@ from wina.eval.costs import TokenCosts
 from wina.eval.frontier import LOADED
 from wina.eval.perplexity import perplexity
 from wina.inspection import inspect
-from wina.kernels.quantization import FORMATS
+from wina.kernels.quantization import WEIGHT_DTYPES
 from wina.methods import METHODS
 from wina.patch import restore
 from wina.progress import progress
@@ -42,7 +42,7 @@ class Expectation:
 
     Attributes:
         method: a name of :data:`wina.methods.METHODS`.
-        width: ``"loaded"`` or a key of :data:`FORMATS`.
+        width: ``"loaded"`` or a key of :data:`WEIGHT_DTYPES`.
         sparsity: to ask for.
         realised: share of projection weights skipped on held-out text.
         share: of the dense model's bytes that a token reads.
@@ -70,7 +70,7 @@ class Adviser:
         model: a dense decoder; dense again after every trial.
         tokenizer: the model's.
         methods: to choose from; ``"dense"`` (rounding alone) is always one.
-        widths: ``"loaded"`` or keys of :data:`FORMATS`.
+        widths: ``"loaded"`` or keys of :data:`WEIGHT_DTYPES`.
         itemsize: see :class:`TokenCosts`.
         tokens: of calibration text and of held-out text.
         window: tokens in a window.
@@ -83,7 +83,7 @@ class Adviser:
         model: nn.Module,
         tokenizer: Any,
         methods: Sequence[str] = ("wina-plus",),
-        widths: Sequence[str] = (LOADED, *FORMATS),
+        widths: Sequence[str] = (LOADED, *WEIGHT_DTYPES),
         itemsize: float | None = None,
         tokens: int = 2048,
         window: int = 512,
@@ -155,7 +155,7 @@ class Adviser:
     @property
     def _narrowest(self) -> str | None:
         rounded = [width for width in self.widths if width != LOADED]
-        return min(rounded, key=lambda width: FORMATS[width].bits) if rounded else None
+        return min(rounded, key=lambda width: WEIGHT_DTYPES[width].bits) if rounded else None
 
     def _with_extra(self, share: float, method: str, width: str, sparsity: float) -> float:
         """The sparsity that pays for the method's corrections and rotation as well."""

@@ -117,6 +117,10 @@ def _slice(x: Tensor, start: int, length: int) -> Tensor:
     return x[start : start + length]
 
 
+def _repeat(x: Tensor, times: int) -> Tensor:
+    return x.repeat(times)
+
+
 def _add(x: Tensor, y: Tensor, factor: float) -> Tensor:
     return (x.float() + factor * y.float()).to(x.dtype)
 
@@ -183,6 +187,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
         (REGISTER, CONSTANT, CONSTANT, INTEGER, INTEGER, CONSTANT),
     ),
     "probe_scale": Instruction(reference.probe_scale, (REGISTER, CONSTANT, NUMBER)),
+    "repeat": Instruction(_repeat, (REGISTER, INTEGER)),
 }
 _TABLE = tuple(INSTRUCTIONS.values())
 

@@ -10,11 +10,19 @@ cache lines, so a channel that is skipped is a row of whole lines that are not r
   columns by a shift and a mask each: nothing has to be widened or shuffled.
 
 Scales are bfloat16, [K, groups], a kept row's beside each other. A product of q with a bfloat16
-scale is exact in float32. Knows nothing of kernels or models.
+scale is exact in float32.
+
+A weight may be kept in several planes (:data:`WEIGHT_DTYPES`): the first is the weight rounded,
+each further one what is left of it, rounded with scales of its own. They are stacked along K, rows
+p·K to (p + 1)·K are plane p, so a product with all planes is one of the inputs repeated:
+W ≈ Σ_p W_p and Wx ≈ [W_0 W_1 …]·[x; x; …]. Kernels see no planes, only more rows.
+
+Knows nothing of kernels or models.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,6 +72,43 @@ class IntegerFormat:
 FORMATS = {
     "int8": IntegerFormat(8, -127, 127, 127, (1.0, 0.99)),
     "int4": IntegerFormat(4, -8, 7, -8, tuple(1.0 - 0.04 * i for i in range(10))),
+}
+
+
+@dataclass(frozen=True)
+class WeightDtype:
+    """How the weight of a projection is kept: planes of one format.
+
+    Attributes:
+        of_plane: its format, a key of :data:`FORMATS`.
+        planes: 1 for a weight that is simply rounded.
+    """
+
+    of_plane: str
+    planes: int = 1
+
+    @property
+    def name(self) -> str:
+        """The key in :data:`WEIGHT_DTYPES`, such as ``"int4+int4"``."""
+        return "+".join([self.of_plane] * self.planes)
+
+    @property
+    def format(self) -> IntegerFormat:
+        """Of every plane."""
+        return FORMATS[self.of_plane]
+
+    @property
+    def bits(self) -> int:
+        """Of a weight that is read in full."""
+        return self.planes * self.format.bits
+
+    def bytes_of(self, K: int, N: int) -> int:
+        """Bytes of a weight [K, N]: integers and scales of all planes."""
+        return self.planes * K * (self.format.row_bytes(N) + 2 * scales_of(N))
+
+
+WEIGHT_DTYPES = {
+    kind.name: kind for kind in (*map(WeightDtype, FORMATS), WeightDtype("int4", planes=2))
 }
 
 
@@ -143,6 +188,15 @@ def quantize(weight: Tensor, dtype: str) -> QuantizedWeight:
         packed[first : first + rows] = part.packed
         scales[first : first + rows] = part.scales
     return QuantizedWeight(packed, scales, N, form.bits)
+
+
+def stacked(planes: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Planes [K, N] of one format as one weight [planes·K, N]."""
+    return replace(
+        planes[0],
+        packed=torch.cat([plane.packed for plane in planes]),
+        scales=torch.cat([plane.scales for plane in planes]),
+    )
 
 
 def finite_rows(rows: Tensor, dtype: str) -> Tensor:

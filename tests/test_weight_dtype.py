@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 import wina
 from wina.errors import ConfigError, PatchStateError
-from wina.kernels.quantization import FORMATS, quantize
+from wina.kernels.quantization import FORMATS, WEIGHT_DTYPES, quantize
 from wina.linear import SparseLinear
 from wina.mlp import SparseGatedMLP
+from wina.planes import repeated, summed
 from wina.quantized_linear import QuantizedSparseLinear
+from wina.rounding import Nearest
 from wina.testing import tiny_model
 
-WIDTHS = list(FORMATS)
+WIDTHS = list(WEIGHT_DTYPES)
 
 
 def rounded(model: nn.Module, plan: wina.SparsityPlan, dtype: str) -> nn.Module:
@@ -28,8 +30,9 @@ def rounded(model: nn.Module, plan: wina.SparsityPlan, dtype: str) -> nn.Module:
     for name, layer in plan.layers.items():
         weight = twin.get_submodule(name).weight
         assert isinstance(weight, nn.Parameter)
-        found = layer.weight or quantize(weight.data.t(), dtype)
-        weight.data = found.dequantize().t().to(weight.dtype)
+        found = layer.weight or Nearest().round(weight.data, None, dtype)
+        whole = summed(found.dequantize().t(), WEIGHT_DTYPES[dtype].planes)
+        weight.data = whole.to(weight.dtype)
     return twin
 
 
@@ -48,7 +51,7 @@ def test_sparsity_0_is_the_dense_model_of_rounded_weights(
     torch.testing.assert_close(decode_logits(model, tokens), want[0, 8:], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", FORMATS)
 def test_thresholds_are_those_of_the_rounded_model(llama: nn.Module, width: str) -> None:
     plan = plan_for(llama, weight_dtype=width, rounding="nearest")
     want = plan_for(rounded(llama, plan, width))
@@ -82,8 +85,9 @@ def test_decode_equals_the_masked_dense_path(llama: nn.Module, width: str, backe
     for module in modules_of(llama):
         x = torch.randn(1, 1, module.in_features) * module.threshold.median()
         with torch.no_grad():
-            want = nn.functional.linear(module.masked(x, 0), module.weight, module.bias)
-            assert not torch.equal(module.masked(x, 0), x)
+            inputs = repeated(x, module.planes)
+            want = nn.functional.linear(module.masked(inputs, 0), module.matrix, module.bias)
+            assert not torch.equal(module.masked(inputs, 0), inputs)
             torch.testing.assert_close(module(x), want, rtol=1e-4, atol=1e-4)
 
 

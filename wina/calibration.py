@@ -28,6 +28,7 @@ from wina.plan import (
     SparsityPlan,
     experts_sample,
 )
+from wina.planes import in_planes
 from wina.projections import (
     DenseModule,
     Projection,
@@ -110,12 +111,14 @@ def calibrate(
     experts_scores = {
         name: _scores_of_experts(name, fused, config) for name, (fused, _) in experts.items()
     }
+    # Weights in planes, rounded to the nearest, are in the modules while calibration runs.
+    done = config if config.planes == 1 else replace(config, weight_dtype=None, rounding=None)
     # Policies look at masks with one cut-off for all tokens, whatever the selector: as TEAL's
     # histograms do, from which WINA's top-k budgets come as well.
-    seen = _scores(model, units, replace(config, selector="threshold"))
+    seen = _scores(model, units, replace(done, selector="threshold"), config.planes)
 
     # Where a policy only looks for masks, finding the best integers each time would be dear.
-    plain = replace(config, rounding=config.weight_dtype and "nearest")
+    plain = replace(done, rounding=done.weight_dtype and "nearest")
 
     def run(
         scores: Mapping[str, ChannelScores],
@@ -124,9 +127,10 @@ def calibrate(
         title: str = "",
         show: bool = False,
         importance: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> Calibrator:
         calibrator = Calibrator(
-            model, projections, scores, sparsities, config, measurements, importance
+            model, projections, scores, sparsities, config, measurements, importance, weights
         )
         # Policies divide the budget over projections; experts have the share that was asked for.
         sequential = config.statistics == "sequential"
@@ -167,14 +171,25 @@ def calibrate(
         show_progress=show_progress,
     )
     allocation = config.make_allocation() if config.sparsity else Uniform()
-    sparsities = problem.by_projection(allocation.allocate(problem))
     title = f"calibrating {config.method} at {config.sparsity:.0%}"
-    weighed = None
-    if weighs:
-        weighed = problem.measured_tensors(
-            lambda: importance.measured(show_progress), importance="curvature of KL"
+    modules = {projection.name: linear_of(model, projection.name) for projection in projections}
+    rounding = config.make_rounding()
+    with in_planes(modules, config.kept_as) as weights:
+        sparsities = problem.by_projection(allocation.allocate(problem))
+        weighed = None
+        if weighs:
+            weighed = problem.measured_tensors(
+                lambda: importance.measured(show_progress), importance="curvature of KL"
+            )
+        found = run(
+            _scores(model, units, done, config.planes),
+            sparsities,
+            config if rounding is not None and rounding.looks else done,
+            title,
+            show_progress,
+            weighed,
+            weights,
         )
-    found = run(_scores(model, units, config), sparsities, config, title, show_progress, weighed)
     plan = SparsityPlan(
         config=config,
         model_type=model_type_of(model),
@@ -240,7 +255,7 @@ def _units(projections: Sequence[Projection], config: SparsityConfig) -> list[Un
 
 
 def _scores(
-    model: nn.Module, units: Sequence[Unit], config: SparsityConfig
+    model: nn.Module, units: Sequence[Unit], config: SparsityConfig, planes: int
 ) -> dict[str, ChannelScores]:
     """Projection name → its scores; the projections of one unit share the constants."""
     found = {}
@@ -252,6 +267,7 @@ def _scores(
             selector=config.make_selector(),
             seed=config.seed + zlib.crc32(unit.name.encode()),
             weight_dtype=config.weight_dtype,
+            planes=planes,
         )
         found.update({projection.name: shared for projection in unit.projections})
     return found

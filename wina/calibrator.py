@@ -27,16 +27,17 @@ from wina.config import SparsityConfig
 from wina.corrections import Products, Terms
 from wina.errors import CalibrationError, UnsupportedModelError
 from wina.experts import ExpertsCalibrator
-from wina.kernels.quantization import FORMATS, QuantizedWeight
+from wina.kernels.quantization import WEIGHT_DTYPES, QuantizedWeight
 from wina.methods import METHODS
 from wina.mlp import recognise_gated_mlp
 from wina.offload import device_of, forward_replaced, weight_of
 from wina.plan import ProjectionPlan, weight_sample
+from wina.planes import moments_of_planes
 from wina.prefill import Prefill
 from wina.progress import Advance, progress
 from wina.projections import Projection, decoder_of, linear_of
 from wina.scores import ChannelScores
-from wina.statistics import ScoreHistogram, second_moments
+from wina.statistics import ScoreHistogram
 
 # Tokens whose activations are alive at once. More calibration tokens than this are taken in
 # several passes, at first with cut-offs from the first chunk.
@@ -55,6 +56,7 @@ class Calibrator:
         config: SparsityConfig,
         measurements: Measurements | None = None,
         importance: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.decoder = decoder_of(model)
         self.prefill = Prefill(1.0, config.sink_tokens)
@@ -67,8 +69,9 @@ class Calibrator:
             module = linear_of(model, name)
             weighed = None if importance is None else importance.get(name)
             self.layers[name] = Layer(
-                projection, module, scores[name], sparsities[name], config, weighed
-            )
+                projection, module, scores[name], sparsities[name], config, weighed,
+                (weights or {}).get(name),
+            )  # fmt: skip
             if measurements is not None:
                 about = {"rounded": name, "config": config.record(), "sparsities": shares}
                 self.layers[name].kept = partial(measurements.tensors, about)
@@ -178,9 +181,12 @@ class Layer:
         sparsity: float,
         config: SparsityConfig,
         importance: Tensor | None = None,
+        whole: Tensor | None = None,
     ) -> None:
         self.projection = projection
         self.module = module
+        self.whole = whole  # the weight [N, K], where the module has planes of it
+        self.planes = config.planes
         self.scores = scores
         self.sparsity = sparsity
         self.prefill = Prefill(1.0, config.sink_tokens)
@@ -216,7 +222,8 @@ class Layer:
         self.original = self.module.weight.data
         if self.rounding.looks and self.weight is None:
             found = self.kept(partial(self._rounded_for, x))
-            columns, bits = self.projection.out_features, FORMATS[self.weight_dtype].bits
+            columns = self.projection.out_features
+            bits = WEIGHT_DTYPES[self.weight_dtype].format.bits
             self.weight = QuantizedWeight(found["packed"], found["scales"], columns, bits)
         self.module.weight.data = self._in_use(self.original)
 
@@ -225,9 +232,10 @@ class Layer:
         assert self.rounding is not None
         assert self.weight_dtype is not None
         copies = 2 if self.correction.compares else 1
-        moments = second_moments(x.chunk(copies)[-1])
+        moments = moments_of_planes(x.chunk(copies)[-1], self.planes)
+        weight = self.module.weight.data if self.whole is None else self.whole
         try:
-            found = self.rounding.round(self.module.weight.data, moments, self.weight_dtype).cpu()
+            found = self.rounding.round(weight, moments, self.weight_dtype).cpu()
         except CalibrationError as error:
             raise CalibrationError(f"{self.projection.name}: {error}") from None
         return {"packed": found.packed, "scales": found.scales}
@@ -291,7 +299,7 @@ class Layer:
         if rest or windows > len(self.importance):
             return None
         start = self.prefill.start(length)
-        tokens = x.reshape(windows, length, -1)[:, start:]
+        tokens = x.reshape(windows, length, -1)[:, start:, : self.projection.in_features]
         if self.center is not None:
             tokens = tokens - self.center.to(tokens.dtype)
         return self.scores.selector.fit(tokens, self.importance[:windows, start:])

@@ -284,8 +284,9 @@ def recommend(
     model: Model = "demo",
     methods: Annotated[str, typer.Option(help="To choose from, by commas.")] = "wina-plus",
     widths: Annotated[
-        str, typer.Option(help="To choose from, by commas: loaded (as it is), int8, int4.")
-    ] = "loaded,int8,int4",
+        str,
+        typer.Option(help="To choose from, by commas: loaded (as it is), int8, int4, int4+int4."),
+    ] = "loaded,int8,int4,int4+int4",
     count_as: CountAs = "bfloat16",
     tokens: Annotated[
         int, typer.Option(help="Tokens to calibrate on, and of held-out text to score.")

@@ -32,8 +32,10 @@ Sparsity = Annotated[float, typer.Option(help="Share of input channels to drop, 
 WeightDtype = Annotated[
     str | None,
     typer.Option(
-        help="Keep the projections' weights as int8 (to the nearest) or int4 (GPTQ while "
-        "calibrating, see --rounding of `wina calibrate`); default: as loaded."
+        help="Keep the projections' weights as int8 (to the nearest), int4 (GPTQ while "
+        "calibrating, see --rounding of `wina calibrate`) or int4+int4 (of each channel a token "
+        "reads 8, 4 or no bits; the sparsity is the share of all bits that is not read); "
+        "default: as loaded."
     ),
 ]
 HeadDtype = Annotated[

@@ -11,7 +11,7 @@ from wina.allocation import ALLOCATIONS, Allocation
 from wina.corrections import CORRECTIONS, Correction
 from wina.criteria import CRITERIA, Criterion
 from wina.errors import ConfigError
-from wina.kernels.quantization import FORMATS
+from wina.kernels.quantization import WEIGHT_DTYPES, WeightDtype
 from wina.methods import METHODS
 from wina.prefill import Prefill, parse_prefill
 from wina.refinement import NO_REFINEMENT, REFINEMENTS, Refinement
@@ -48,10 +48,12 @@ class SparsityConfig:
         window: tokens in one calibration sequence.
         seed: of everything random.
         weight_dtype: ``"int8"`` or ``"int4"`` keeps the projections' weights in that width
-            (:mod:`wina.kernels.quantization`); None leaves them as they are. Statistics and
-            thresholds are those of the rounded weights.
-        rounding: overrides the width's: how integers are found, ``"nearest"`` (int8's) or
-            ``"gptq"`` (int4's), which looks at the calibration text as well.
+            (:mod:`wina.kernels.quantization`); None leaves them as they are. ``"int4+int4"`` keeps
+            eight bits, of which a token reads eight, four or none of each channel
+            (:mod:`wina.planes`): ``sparsity`` is then the share of all these bits that is not read.
+            Statistics and thresholds are those of the rounded weights.
+        rounding: overrides the width's: how integers are found, ``"nearest"`` (int8's and
+            int4+int4's) or ``"gptq"`` (int4's), which looks at the calibration text as well.
         rotation: overrides the method's: what :func:`wina.rotate` must have done to the model, or
             ``"none"``, which asks for nothing.
     """
@@ -91,11 +93,11 @@ class SparsityConfig:
             )
         _check_choice("mask", self.mask, MASKS)
         if self.weight_dtype is not None:
-            _check_choice("weight_dtype", self.weight_dtype, tuple(FORMATS))
+            _check_choice("weight_dtype", self.weight_dtype, tuple(WEIGHT_DTYPES))
         elif self.rounding is not None:
             raise ConfigError(
                 f"rounding {self.rounding!r} needs a width to round to: set weight_dtype to "
-                f"{' or '.join(repr(name) for name in FORMATS)}"
+                f"{' or '.join(repr(name) for name in WEIGHT_DTYPES)}"
             )
         self.make_rounding()
         _check_choice("statistics", self.statistics, STATISTICS)
@@ -116,8 +118,32 @@ class SparsityConfig:
         if method.gate_mask and self.mask != "projection":
             raise ConfigError(f"method {self.method!r} has masks of its own: mask='projection'")
         self._check_refinement()
+        self._check_planes()
         self.make_selector()
         self.make_prefill()
+
+    @property
+    def kept_as(self) -> WeightDtype | None:
+        """How weights are kept; None for weights as they are."""
+        return None if self.weight_dtype is None else WEIGHT_DTYPES[self.weight_dtype]
+
+    @property
+    def planes(self) -> int:
+        """Of every weight: thresholds are [planes·K]."""
+        return 1 if self.kept_as is None else self.kept_as.planes
+
+    def _check_planes(self) -> None:
+        """What looks at whole channels has no meaning for planes of them."""
+        if self.planes == 1:
+            return
+        wanted = {
+            "correction 'none'": self.make_correction().fit() is None,
+            f"refinement {NO_REFINEMENT!r}": self.refinement_spec == NO_REFINEMENT,
+            "a method without a gate's mask": not METHODS[self.method].gate_mask,
+        }
+        for what, holds in wanted.items():
+            if not holds:
+                raise ConfigError(f"weight_dtype {self.weight_dtype!r} needs {what}")
 
     def _check_refinement(self) -> None:
         """Refined thresholds are those of each projection, and fixed: nothing else may use them."""

@@ -138,6 +138,11 @@ class SparseLinear(nn.Linear):
         return self.weight
 
     @property
+    def matrix(self) -> Tensor:
+        """What inputs are multiplied by, [N, K]."""
+        return self.weight
+
+    @property
     def weight_dtype(self) -> str:
         """How the weight is kept, such as ``"bfloat16"`` or ``"int4"``."""
         return str(self.weight.dtype).removeprefix("torch.")
@@ -178,7 +183,7 @@ class SparseLinear(nn.Linear):
             # A row-major copy of the weight: torch's 16-bit products of the K-major layout, and
             # their gradients, are many times slower on a CPU without 16-bit instructions.
             masked = self.masked(x, start) if padded is None else self._masked_where(x, padded)
-            y = F.linear(masked, self.weight.contiguous(), self.bias)
+            y = F.linear(masked, self.matrix.contiguous(), self.bias)
             return self._corrected(y, x, masked, start, padded)
         if padded is not None:
             masked = self._masked_where(x, padded)

@@ -28,7 +28,7 @@ from wina.corrections import Terms
 from wina.errors import PlanError, WinaError
 from wina.experts import recognise_experts
 from wina.files import read_json, write_together
-from wina.kernels.quantization import FORMATS, QuantizedWeight, check_layout
+from wina.kernels.quantization import QuantizedWeight, check_layout
 from wina.methods import METHODS
 from wina.projections import Projection
 from wina.registry import create
@@ -59,7 +59,7 @@ class ProjectionPlan:
         sparsity: share of channels to drop, as allocated.
         realised: share dropped on the calibration text.
         cutoff: τ, the cut-off of the scores |x_j|·c_j (in units of the selector's scale).
-        threshold: τ/c, [K] float32.
+        threshold: τ/c, [K] float32, for each plane of the weight in turn.
         sample: a few weights, by which the model is recognised, float32.
         terms: the correction, in float32.
         probe: what the selector reads off the hidden state, [K + 1] float32, or None.
@@ -77,15 +77,18 @@ class ProjectionPlan:
     probe: Tensor | None = None
     weight: QuantizedWeight | None = None
 
-    def check(self) -> None:
+    def check(self, planes: int = 1) -> None:
         """Raise :class:`PlanError`, with the field's name, for a value that means nothing.
 
         A threshold of −1 (or less) keeps its channel and +inf drops it; NaN would keep it without
         anybody having said so.
+
+        Args:
+            planes: of the weight (:attr:`SparsityConfig.planes`).
         """
         name = self.projection.name
         for field_name, tensor, length in (
-            ("threshold", self.threshold, self.projection.in_features),
+            ("threshold", self.threshold, planes * self.projection.in_features),
             ("sample", self.sample, _SAMPLES),
             ("probe", self.probe, self.projection.in_features + 1),
         ):
@@ -183,7 +186,7 @@ class SparsityPlan:
         modules = dict(model.named_modules())
         rounding = self.config.make_rounding()
         for name, layer in self.layers.items():
-            layer.check()
+            layer.check(self.config.planes)
             if rounding is not None and rounding.looks and layer.weight is None:
                 raise PlanError(
                     f"the plan has no rounded weight for {name}: calibrate with rounding "
@@ -345,7 +348,7 @@ class SparsityPlan:
                 probe=tensors.get(f"{name}.probe"),
                 weight=_parse_weight(projection, config, tensors),
             )
-            layers[name].check()
+            layers[name].check(config.planes)
         return cls(
             config=config,
             model_type=_typed(document, "model_type", str),
@@ -378,12 +381,12 @@ def _parse_weight(
     projection: Projection, config: SparsityConfig, tensors: Mapping[str, Tensor]
 ) -> QuantizedWeight | None:
     rounding = config.make_rounding()
-    if config.weight_dtype is None or rounding is None or not rounding.looks:
+    if config.kept_as is None or rounding is None or not rounding.looks:
         return None
     packed, scales = (tensors[f"{projection.name}.{leaf}"] for leaf in ("packed", "scales"))
-    bits = FORMATS[config.weight_dtype].bits
+    rows, bits = config.planes * projection.in_features, config.kept_as.format.bits
     try:
-        check_layout(packed, scales, projection.in_features, projection.out_features, bits)
+        check_layout(packed, scales, rows, projection.out_features, bits)
     except ValueError as error:
         raise PlanError(f"{projection.name}: {error}") from None
     return QuantizedWeight(packed, scales, projection.out_features, bits)

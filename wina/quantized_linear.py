@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from wina.corrections import Terms
 from wina.group import scales
 from wina.kernels.dispatch import Choice, LayerSpec, choose
-from wina.kernels.quantization import QuantizedWeight
+from wina.kernels.quantization import QuantizedWeight, WeightDtype
 from wina.linear import Control, SparseLinear
+from wina.planes import repeated, summed
 from wina.selectors import Selector
 
 
 class QuantizedSparseLinear(SparseLinear):
     """A :class:`SparseLinear` whose weight is integers with a scale for each row and column group.
 
-    Every product, sparse or dense, is one with the rounded weight. Buffers ``packed`` and
-    ``scales`` stand in the state dict where ``weight`` stood; the original weight is not kept.
+    Every product, sparse or dense, is one with the rounded weight. A weight in planes has rows for
+    all of them, and the hidden state is repeated for each (:mod:`wina.planes`). Buffers ``packed``
+    and ``scales`` stand in the state dict where ``weight`` stood; the original weight is not kept.
     ``weight`` is computed on every access, [N, K] in the layer's dtype: for code that looks at it.
     """
 
@@ -46,24 +48,38 @@ class QuantizedSparseLinear(SparseLinear):
         self.register_buffer("packed", rounded.packed.to(device))
         self.register_buffer("scales", rounded.scales.to(device))
 
+    @property
+    def planes(self) -> int:
+        """Of the weight: 1 where it is simply rounded."""
+        return len(self.packed) // self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Hidden states [..., S, K] → [..., S, N]."""
+        return super().forward(repeated(x, self.planes))
+
     def _hold(self, original: nn.Linear) -> None:
         # Follows casts of the model: neither integers nor scales tell what x will be.
         self.register_buffer("like", original.weight.detach().new_empty(0), persistent=False)
 
     @property
     def quantized(self) -> QuantizedWeight:
-        """The weight [K, N] as kernels take it."""
+        """The weight [planes·K, N] as kernels take it."""
         return QuantizedWeight(self.packed, self.scales, self.out_features, self.bits)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The rounded weight [N, K], computed anew."""
+        return summed(self.quantized.dequantize().t(), self.planes).to(self.like.dtype)
+
+    @property
+    def matrix(self) -> Tensor:
+        """What inputs repeated for every plane are multiplied by, [N, planes·K], computed anew."""
         return self.quantized.dequantize().to(self.like.dtype).t()
 
     @property
     def weight_dtype(self) -> str:
-        """``"int8"`` or ``"int4"``."""
-        return f"int{self.bits}"
+        """A key of :data:`wina.kernels.quantization.WEIGHT_DTYPES`."""
+        return WeightDtype(f"int{self.bits}", self.planes).name
 
     @property
     def weight_bytes(self) -> int:
@@ -78,6 +94,7 @@ class QuantizedSparseLinear(SparseLinear):
     def gate_up(self, up: SparseLinear, x: Tensor, activation: str) -> Tensor:
         """As for float weights; both are rounded to the same width."""
         assert isinstance(up, QuantizedSparseLinear)
+        x = repeated(x, self.planes)
         return self.choice.backend.sparse_gate_up_quantized(
             x, self.packed, self.scales, up.packed, up.scales, self.out_features, self.bits,
             self.threshold, up.threshold, activation, self.product_bias, up.product_bias,

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from wina.criteria import Criterion
 from wina.kernels.quantization import quantize
 from wina.kernels.reference import keep_mask
+from wina.planes import constants_of_planes, summed
 from wina.selectors import Selector
 from wina.statistics import ScoreHistogram
 
@@ -39,6 +40,7 @@ class ChannelScores:
         seed: of the criterion's randomness.
         weight_dtype: what the weights will be rounded to; the criterion sees them rounded to the
             nearest, whatever the rounding: others need masks, which need the criterion.
+        planes: of the weights, which are [N_i, planes·K] then, see :mod:`wina.planes`.
     """
 
     def __init__(
@@ -48,18 +50,25 @@ class ChannelScores:
         selector: Selector,
         seed: int,
         weight_dtype: str | None = None,
+        planes: int = 1,
     ) -> None:
         self.weights = weights
         self.weight_dtype = weight_dtype
         self.criterion = criterion
         self.selector = selector
         self.seed = seed
+        self.planes = planes
 
     @cached_property
     def constants(self) -> Tensor:
-        """c [K] float32."""
+        """c [K] float32; [planes·K] for weights in planes."""
+        generator = Generator().manual_seed(self.seed)
         weights = [rounded(weight, self.weight_dtype) for weight in self.weights]
-        return self.criterion.constants(weights, Generator().manual_seed(self.seed))
+        if self.planes == 1:
+            return self.criterion.constants(weights, generator)
+        whole = [summed(weight, self.planes) for weight in weights]
+        found = self.criterion.constants(whole, generator)
+        return constants_of_planes(weights, found, self.planes)
 
     def count(
         self, histogram: ScoreHistogram, x: Tensor, sparsity: float, probe: Tensor | None = None

@@ -20,7 +20,7 @@ namespace {
 enum class Op : int64_t {
   embed, rms_norm, dense, sparse, sparse_integers, gate_up, gate_up_integers, gated, slice, attend,
   add, logits, mean_scale, topk_scale, group_of_three,
-  dense_integers, probe_scale
+  dense_integers, probe_scale, repeat
 };
 
 constexpr const char* kActivations[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2"};
@@ -228,6 +228,12 @@ class Machine {
         static const auto f = library<ProbeScale>("wina::probe_scale");
         const Tensor &x = reg(), &probe = constant();
         return f.call(x, probe, number());
+      }
+      case Op::repeat: {
+        const Tensor& x = reg();
+        const int64_t times = next();
+        TORCH_CHECK(x.dim() == 1 && times > 0, "wina::decode_step: repeats a vector once or more");
+        return x.repeat({times});
       }
     }
     TORCH_CHECK(false, "wina::decode_step: no instruction ", static_cast<int64_t>(op));

@@ -52,6 +52,7 @@ def test_greedy_decoding_is_that_of_generate(model: nn.Module) -> None:
     "settings",
     [
         {}, {"weight_dtype": "int8"}, {"selector": "topk"}, {"selector": "importance"},
+        {"weight_dtype": "int4+int4", "selector": "importance"},
         {"correction": "bias"},
         {"rows": 0.5}, {"rows": 1.0}, {"rows": 1.0, "selector": "topk"},
     ],

@@ -95,8 +95,9 @@ def test_frontier_command(folder: Path, tmp_path: Path) -> None:
         "--methods", "wina", "--tokens", "128", "--window", "64", "--set", SETTINGS,
     )  # fmt: skip
     rows = {(row["width"], row["sparsity"]): row for row in found["rows"]}
-    assert set(rows) == {(w, s) for w in ("loaded", "int8", "int4") for s in (0.0, 0.5)}
-    for width in ("loaded", "int8", "int4"):
+    widths = ("loaded", "int8", "int4", "int4+int4")
+    assert set(rows) == {(w, s) for w in widths for s in (0.0, 0.5)}
+    for width in widths:
         assert rows[width, 0.5]["bytes"] < rows[width, 0.0]["bytes"]
     assert rows["loaded", 0.0]["nats_over_dense"] == 0.0
     assert rows["loaded", 0.0]["share"] == 1.0

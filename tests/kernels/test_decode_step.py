@@ -151,6 +151,16 @@ def test_a_nan_shows_and_stays_where_it_is() -> None:
     assert run(builder, [keys, values], 30, 16, True).isnan().all()
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "definition"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_vector_is_repeated(dtype: torch.dtype, native: bool) -> None:
+    x, builder = torch.randn(37).to(dtype), Builder()
+    vector(builder, x)
+    builder.emit("repeat", "w", "x", 3)
+    builder.emit("logits", "y", "w", 1.0, 0.0)
+    assert torch.equal(run(builder, [], 0, 111, native), torch.cat([x, x, x]).float())
+
+
 def test_broken_programs_are_refused() -> None:
     builder = Builder()
     vector(builder, torch.randn(8))

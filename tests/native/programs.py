@@ -138,11 +138,15 @@ class _Layer:
             weight = self.draw.normal(N, K) / math.sqrt(K)
             self.builder.emit("dense", out, x, weight, self._bias(N), *mask, residual)
             return
-        tail = (self._threshold(K), self._bias(N), self._scale(x, K, "s"), residual)
+        bias, scale = self._bias(N), self._scale(x, K, "s")
+        planes = self.rng.choice((1, 2, 3)) if kind == "sparse_integers" else 1
+        tail = (self._threshold(planes * K), bias, scale, residual)
         if kind == "sparse":
             self.builder.emit("sparse", out, x, self._weight(K, N), *tail)
         else:
-            packed, scales = self.draw.integers(K, N)
+            if planes > 1:
+                x = self.builder.emit("repeat", "w", x, planes)
+            packed, scales = self.draw.integers(planes * K, N)
             self.builder.emit(kind, out, x, packed, scales, N, self.draw.bits, *tail)
 
     def _weight(self, K: int, N: int) -> Tensor:

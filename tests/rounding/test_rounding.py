@@ -18,7 +18,14 @@ import wina
 import wina.calibrator
 from wina.allocation import Measurements
 from wina.errors import CalibrationError, ConfigError, PlanError, UnknownNameError
-from wina.kernels.quantization import FORMATS, GROUP, QuantizedWeight, choose_scales, grouped
+from wina.kernels.quantization import (
+    FORMATS,
+    GROUP,
+    WEIGHT_DTYPES,
+    QuantizedWeight,
+    choose_scales,
+    grouped,
+)
 from wina.kernels.quantization import quantize as nearest
 from wina.plan import _digest
 from wina.quantized_linear import QuantizedSparseLinear
@@ -50,18 +57,18 @@ def same(left: QuantizedWeight, right: QuantizedWeight) -> bool:
 def test_every_rounding_gives_the_layout(name: str, N: int, K: int, dtype: str) -> None:
     weight = torch.randn(N, K)
     moments = second_moments(correlated(K))
-    found = create(ROUNDINGS, name).round(weight, moments, dtype)
+    found = create(ROUNDINGS, name).round(weight, [moments], dtype)
     want = nearest(weight.t(), dtype)
     assert (found.columns, found.bits) == (N, FORMATS[dtype].bits)
     assert (found.packed.shape, found.packed.dtype) == (want.packed.shape, want.packed.dtype)
     assert (found.scales.shape, found.scales.dtype) == (want.scales.shape, want.scales.dtype)
-    assert same(found, create(ROUNDINGS, name).round(weight.clone(), moments, dtype))
+    assert same(found, create(ROUNDINGS, name).round(weight.clone(), [moments], dtype))
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_gptq_loses_less_than_nearest(dtype: str) -> None:
     weight, x = torch.randn(96, 64), correlated(64)
-    found = GPTQ().round(weight, second_moments(x), dtype)
+    found = GPTQ().round(weight, [second_moments(x)], dtype)
     assert loss(weight, found, x) < 0.7 * loss(weight, nearest(weight.t(), dtype), x)
 
 
@@ -70,7 +77,7 @@ def test_gptq_loses_less_than_nearest(dtype: str) -> None:
 def test_gptq_of_uncorrelated_inputs_is_nearest(scale: float, dtype: str) -> None:
     weight = torch.randn(150, 70)
     energies = torch.diag(torch.rand(70) * scale)
-    assert same(GPTQ().round(weight, energies, dtype), nearest(weight.t(), dtype))
+    assert same(GPTQ().round(weight, [energies], dtype), nearest(weight.t(), dtype))
 
 
 @pytest.mark.parametrize("K", [1, 24, 70])
@@ -80,7 +87,7 @@ def test_gptq_is_the_greedy_elimination_of_its_definition(K: int) -> None:
     weight, form = torch.randn(N, K), FORMATS["int4"]
     H = second_moments(correlated(K)).double()
     order = H.diagonal().argsort(descending=True).tolist()
-    found = GPTQ(damp=damp).round(weight, H.float(), "int4").dequantize().double()
+    found = GPTQ(damp=damp).round(weight, [H.float()], "int4").dequantize().double()
     H += damp * H.diagonal().mean() * torch.eye(K)
     rest, missed = weight.t().double(), 0
     for place, j in enumerate(order):
@@ -99,20 +106,20 @@ def test_gptq_is_the_greedy_elimination_of_its_definition(K: int) -> None:
 
 def test_a_wide_projection_is_compensated_in_parts() -> None:
     weight, moments = torch.randn(33, 60), second_moments(correlated(60))
-    found = GPTQ(channels=20).round(weight, moments, "int4")
+    found = GPTQ(channels=20).round(weight, [moments], "int4")
     for first in (0, 20, 40):
         part = slice(first, first + 20)
-        want = GPTQ().round(weight[:, part], moments[part, part], "int4")
+        want = GPTQ().round(weight[:, part], [moments[part, part]], "int4")
         assert torch.equal(found.packed[part], want.packed)
-    assert not same(found, GPTQ().round(weight, moments, "int4"))
+    assert not same(found, GPTQ().round(weight, [moments], "int4"))
 
 
 def test_gptq_names_what_it_cannot_round() -> None:
     weight, moments = torch.randn(4, 3), torch.eye(3)
     with pytest.raises(ConfigError, match="weight holds NaN or Inf"):
-        GPTQ().round(weight.log(), moments, "int4")
+        GPTQ().round(weight.log(), [moments], "int4")
     with pytest.raises(CalibrationError, match="too large to square"):
-        GPTQ().round(weight, moments * torch.inf, "int4")
+        GPTQ().round(weight, [moments * torch.inf], "int4")
     with pytest.raises(ConfigError, match="damp is a share"):
         create(ROUNDINGS, "gptq:damp=2")
     with pytest.raises(ConfigError, match="channels is a whole number"):
@@ -120,7 +127,7 @@ def test_gptq_names_what_it_cannot_round() -> None:
 
 
 def test_each_width_has_its_usual_rounding() -> None:
-    assert set(USUAL_ROUNDING) == set(FORMATS)
+    assert set(USUAL_ROUNDING) == set(WEIGHT_DTYPES)
     assert config(weight_dtype="int4").rounding_spec == "gptq"
     assert config(weight_dtype="int8").rounding_spec == "nearest"
     assert config(weight_dtype="int4", rounding="nearest").rounding_spec == "nearest"
@@ -144,7 +151,7 @@ def test_calibration_rounds_for_the_masked_inputs(llama: nn.Module, sparsity: fl
     hook.remove()
     x = seen[-1]  # the models are run before, to see what they are
     assert layer.weight is not None
-    assert same(layer.weight, GPTQ().round(module.weight, second_moments(x), "int4"))
+    assert same(layer.weight, GPTQ().round(module.weight, [second_moments(x)], "int4"))
     if sparsity:  # the hook ran behind the masks
         assert (x[:, 2:] == 0.0).float().mean() > 0.3
 

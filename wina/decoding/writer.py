@@ -237,6 +237,7 @@ class _Writer:
             )
         threshold = self._threshold(linear)
         bias, scale = self._bias(linear), self._scale(linear, x, "s")
+        x = self._repeated(linear, x)
         if linear.choice.backend.masked_rows:
             drops = bool((threshold >= 0).any())  # else nothing is, whatever the scale
             mask = (threshold, scale) if drops else (None, None)
@@ -258,12 +259,18 @@ class _Writer:
             self._scale(gate, x, "s"), self._scale(up, x, "t"),
         )  # fmt: skip
         if isinstance(gate, QuantizedSparseLinear) and isinstance(up, QuantizedSparseLinear):
+            x = self._repeated(gate, x)
             self.program.emit(
                 "gate_up_integers", out, x, gate.packed, gate.scales, up.packed, up.scales,
                 gate.out_features, gate.bits, *tail,
             )  # fmt: skip
         else:
             self.program.emit("gate_up", out, x, _k_major(gate), _k_major(up), *tail)
+
+    def _repeated(self, linear: SparseLinear, x: str) -> str:
+        """The register of x as the planes of a weight read it."""
+        planes = linear.planes if isinstance(linear, QuantizedSparseLinear) else 1
+        return x if planes == 1 else self.program.emit("repeat", "w", x, planes)
 
     def _threshold(self, linear: SparseLinear) -> Tensor:
         threshold = linear.threshold
@@ -291,6 +298,8 @@ class _Writer:
 
 def _topk(program: Builder, linear: SparseLinear, x: str, out: str) -> str:
     channels = linear.in_features
+    if linear.threshold.numel() != channels:
+        raise UnrecognisedError("no instruction for the top-k of channels in planes")
     dropped = min(round(linear.sparsity * channels), channels - 1)
     if dropped <= 0:
         raise UnrecognisedError("top-k that drops nothing")

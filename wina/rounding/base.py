@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from wina.kernels.quantization import QuantizedWeight, quantize
+from wina.errors import ConfigError
+from wina.kernels.quantization import WEIGHT_DTYPES, QuantizedWeight, quantize, stacked
 from wina.registry import Registry
 
 
@@ -22,31 +25,57 @@ class Rounding(ABC):
 
     looks: bool = False
 
-    @abstractmethod
-    def round(self, weight: Tensor, moments: Tensor | None, dtype: str) -> QuantizedWeight:
-        """Integers and scales for a weight.
+    def round(
+        self, weight: Tensor, moments: Sequence[Tensor] | None, dtype: str
+    ) -> QuantizedWeight:
+        """Integers and scales for a weight; what a plane leaves is rounded in the next.
 
         Args:
             weight: [N, K], any float dtype and strides.
-            moments: Σ x·xᵀ over the inputs that the weight will meet, masked, [K, K] float32; None
-                where it does not look.
-            dtype: a key of :data:`wina.kernels.quantization.FORMATS`.
+            moments: of every plane Σ z·zᵀ, [K, K] float32, over the inputs z that its errors will
+                meet: those of channels that the plane and no later one is read for. None where it
+                does not look.
+            dtype: a key of :data:`wina.kernels.quantization.WEIGHT_DTYPES`.
+
+        Returns:
+            [planes·K, N].
 
         Raises:
-            ConfigError: the weight holds NaN or Inf.
+            ConfigError: unknown dtype, or the weight holds NaN or Inf.
+        """
+        if dtype not in WEIGHT_DTYPES:
+            raise ConfigError(f"unknown weight dtype {dtype!r}. Known: {', '.join(WEIGHT_DTYPES)}.")
+        kind = WEIGHT_DTYPES[dtype]
+        planes: list[QuantizedWeight] = []
+        rest = weight
+        for index in range(kind.planes):
+            if planes:
+                rest = rest.detach().to(torch.float32) - planes[-1].dequantize().t()
+            seen = None if moments is None else moments[index]
+            planes.append(self.round_plane(rest, seen, kind.of_plane))
+        return planes[0] if kind.planes == 1 else stacked(planes)
+
+    @abstractmethod
+    def round_plane(self, weight: Tensor, moments: Tensor | None, dtype: str) -> QuantizedWeight:
+        """Integers and scales for one plane.
+
+        Args:
+            weight: [N, K], any float dtype and strides.
+            moments: as above, of this plane.
+            dtype: a key of :data:`wina.kernels.quantization.FORMATS`.
         """
 
 
 ROUNDINGS: Registry[type[Rounding]] = Registry("rounding")
 
 # By width: 255 levels are enough for each weight on its own, 16 are not.
-USUAL_ROUNDING = {"int8": "nearest", "int4": "gptq"}
+USUAL_ROUNDING = {"int8": "nearest", "int4": "gptq", "int4+int4": "nearest"}
 
 
 @ROUNDINGS.register("nearest")
 class Nearest(Rounding):
     """Every weight by itself, to the nearest value that its group's scale allows."""
 
-    def round(self, weight: Tensor, moments: Tensor | None, dtype: str) -> QuantizedWeight:
+    def round_plane(self, weight: Tensor, moments: Tensor | None, dtype: str) -> QuantizedWeight:
         """See :func:`wina.kernels.quantization.quantize`."""
         return quantize(weight.t(), dtype)

@@ -46,8 +46,8 @@ class GPTQ(Rounding):
         self.damp = share("damp", damp)
         self.channels = whole("channels", channels)
 
-    def round(self, weight: Tensor, moments: Tensor | None, dtype: str) -> QuantizedWeight:
-        """See :meth:`Rounding.round`; a channel without inputs is rounded to the nearest."""
+    def round_plane(self, weight: Tensor, moments: Tensor | None, dtype: str) -> QuantizedWeight:
+        """See :meth:`Rounding.round_plane`; a channel without inputs is rounded to the nearest."""
         assert moments is not None
         form = FORMATS[dtype]
         rows = finite_rows(weight.t(), dtype)

@@ -91,8 +91,13 @@ class Importance(Selector):
     def scale(
         self, x: Tensor, threshold: Tensor, sparsity: float, probe: Tensor | None = None
     ) -> Tensor | None:
-        """exp(p(x)) of every token, in float32; None without a probe: one cut-off for all."""
-        return None if probe is None else ops.probe_scale(x, probe, self.limit)
+        """exp(p(x)) of every token, in float32; None without a probe: one cut-off for all.
+
+        Where x is repeated for several planes, the probe reads it once.
+        """
+        if probe is None:
+            return None
+        return ops.probe_scale(x[..., : len(probe) - 1], probe, self.limit)
 
 
 def _ridge(inputs: Tensor, target: Tensor, penalty: float) -> Tensor:
