@@ -18,7 +18,9 @@ from wina.eval.ablation import Levels, effects, rows_of_ablation, settings_of
 from wina.eval.costs import TokenCosts
 from wina.eval.frontier import frontier_columns, rows_of_frontier
 from wina.eval.recommend import Adviser
+from wina.kernels.quantization import WEIGHT_DTYPES
 from wina.patch import is_patched
+from wina.rounding import Nearest
 from wina.testing import tiny_model, tiny_tokenizer
 
 SETTINGS = "calibration_tokens=512,window=128"
@@ -137,10 +139,8 @@ def test_dense_bytes_are_those_of_the_structure(name: str) -> None:
     assert read.thresholds == 4 * sum(p.in_features for p in halved.projections)
 
 
-@pytest.mark.parametrize("width", [None, "int8", "int4"])
+@pytest.mark.parametrize("width", [None, *WEIGHT_DTYPES])
 def test_rounded_rows_are_as_long_as_in_memory(width: str | None) -> None:
-    from wina.kernels.quantization import quantize
-
     model = tiny_model("llama")
     costs = TokenCosts(model)
     held = 0
@@ -149,8 +149,7 @@ def test_rounded_rows_are_as_long_as_in_memory(width: str | None) -> None:
         if width is None:
             held += weight.nbytes
         else:
-            rounded = quantize(weight.detach().t(), width)
-            held += rounded.packed.nbytes + rounded.scales.nbytes
+            held += Nearest().round(weight, None, width).bytes
     assert costs.at({}, width).projections == held
 
 
@@ -175,7 +174,7 @@ def test_recommendations_keep_their_budget() -> None:
     assert chosen.share <= 0.61
     fitting = [t for t in found.tried if t.share <= 0.61]
     assert chosen.nats_over_dense == min(t.nats_over_dense for t in fitting)
-    assert {t.width for t in found.tried} == {"loaded", "int8", "int4"}
+    assert {t.width for t in found.tried} == {"loaded", *WEIGHT_DTYPES}
     assert not is_patched(model)
     with pytest.raises(ConfigError, match="out of reach"):
         adviser(model).for_bytes(0.05)
