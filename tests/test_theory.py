@@ -112,3 +112,31 @@ def test_the_energy_below_the_cut_off_of_half_normal_scores(sparsity: float, los
     scores = torch.randn(1_000_000).abs()
     sampled = scores.square()[scores <= cutoff].sum() / scores.square().sum()
     assert float(sampled) == pytest.approx(share, abs=2e-3)
+
+
+def test_two_planes_leave_a_tenth_of_the_energy_that_dropping_does() -> None:
+    """docs/mathematics.md, (12): half of 8 bits, read as 8, 4 or none of each channel."""
+    scores = torch.randn(1_000_000).abs()
+    both = torch.cat([scores, 0.1 * scores])
+    first, second = (both > both.median()).chunk(2)
+    left = torch.where(first, torch.where(second, 0.0, (0.1 * scores).square()), scores.square())
+    assert float((~first).float().mean()) == pytest.approx(0.12, abs=5e-3)
+    assert float((first & ~second).float().mean()) == pytest.approx(0.75, abs=0.01)
+    assert float(left.sum() / scores.square().sum()) == pytest.approx(0.0057, abs=2e-4)
+
+
+def test_one_cut_off_on_all_planes_is_the_best_choice_of_its_bytes() -> None:
+    """(11) and (12) against all choices of as many planes of channels."""
+    whole = column_orthogonal().norm(dim=0)
+    for x in torch.randn(20, K, dtype=torch.float64):
+        costs = torch.stack([(x * whole).square(), (0.1 * x * whole).square()])
+        chosen = tuple(costs.view(-1).topk(K).indices.tolist())
+
+        def left(read: tuple[int, ...], costs: Tensor = costs) -> float:
+            kept = torch.zeros(2, K, dtype=torch.bool)
+            kept.view(-1)[list(read)] = True
+            return float(torch.where(kept[0], torch.where(kept[1], 0.0, costs[1]), costs[0]).sum())
+
+        # A channel's first plane saves 99 % of its cost: choices that differ by less are alike.
+        best = min(left(read) for read in combinations(range(2 * K), K))
+        assert left(chosen) <= 1.02 * best
