@@ -122,7 +122,7 @@ def test_two_planes_leave_a_tenth_of_the_energy_that_dropping_does() -> None:
     left = torch.where(first, torch.where(second, 0.0, (0.1 * scores).square()), scores.square())
     assert float((~first).float().mean()) == pytest.approx(0.12, abs=5e-3)
     assert float((first & ~second).float().mean()) == pytest.approx(0.75, abs=0.01)
-    assert float(left.sum() / scores.square().sum()) == pytest.approx(0.0057, abs=2e-4)
+    assert float(left.sum() / scores.square().sum()) == pytest.approx(0.0060, abs=2e-4)
 
 
 def test_one_cut_off_on_all_planes_is_the_best_choice_of_its_bytes() -> None:
