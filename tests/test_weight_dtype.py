@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import wina
 from wina.errors import ConfigError, PatchStateError
-from wina.kernels.quantization import FORMATS, WEIGHT_DTYPES, quantize
+from wina.kernels.quantization import FORMATS, WEIGHT_DTYPES, quantize_as
 from wina.linear import SparseLinear
 from wina.mlp import SparseGatedMLP
 from wina.planes import repeated, summed
@@ -138,9 +138,9 @@ def test_an_interrupted_patch_gives_the_model_back(
     def interrupted(*arguments: object, **settings: object) -> object:
         if next(calls) == 5:
             raise KeyboardInterrupt
-        return quantize(*arguments, **settings)  # type: ignore[arg-type]
+        return quantize_as(*arguments, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("wina.rounding.base.quantize", interrupted)
+    monkeypatch.setattr("wina.rounding.base.quantize_as", interrupted)
     with pytest.raises(KeyboardInterrupt):
         wina.sparsify(llama, plan)
     assert not modules_of(llama)

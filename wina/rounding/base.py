@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from wina.errors import ConfigError
-from wina.kernels.quantization import WEIGHT_DTYPES, QuantizedWeight, quantize, stacked
+from wina.kernels.quantization import (
+    WEIGHT_DTYPES,
+    IntegerFormat,
+    QuantizedWeight,
+    quantize_as,
+    stacked,
+)
 from wina.registry import Registry
 
 
@@ -48,21 +54,23 @@ class Rounding(ABC):
         kind = WEIGHT_DTYPES[dtype]
         planes: list[QuantizedWeight] = []
         rest = weight
-        for index in range(kind.planes):
+        for index, form in enumerate(kind.forms):
             if planes:
                 rest = rest.detach().to(torch.float32) - planes[-1].dequantize().t()
             seen = None if moments is None else moments[index]
-            planes.append(self.round_plane(rest, seen, kind.of_plane))
+            planes.append(self.round_plane(rest, seen, form))
         return planes[0] if kind.planes == 1 else stacked(planes)
 
     @abstractmethod
-    def round_plane(self, weight: Tensor, moments: Tensor | None, dtype: str) -> QuantizedWeight:
+    def round_plane(
+        self, weight: Tensor, moments: Tensor | None, form: IntegerFormat
+    ) -> QuantizedWeight:
         """Integers and scales for one plane.
 
         Args:
             weight: [N, K], any float dtype and strides.
             moments: as above, of this plane.
-            dtype: a key of :data:`wina.kernels.quantization.FORMATS`.
+            form: of the integers.
         """
 
 
@@ -76,6 +84,8 @@ USUAL_ROUNDING = {"int8": "nearest", "int4": "gptq", "int4+int4": "nearest"}
 class Nearest(Rounding):
     """Every weight by itself, to the nearest value that its group's scale allows."""
 
-    def round_plane(self, weight: Tensor, moments: Tensor | None, dtype: str) -> QuantizedWeight:
+    def round_plane(
+        self, weight: Tensor, moments: Tensor | None, form: IntegerFormat
+    ) -> QuantizedWeight:
         """See :func:`wina.kernels.quantization.quantize`."""
-        return quantize(weight.t(), dtype)
+        return quantize_as(weight.t(), form)

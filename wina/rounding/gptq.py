@@ -7,7 +7,6 @@ from torch import Tensor
 
 from wina.errors import CalibrationError
 from wina.kernels.quantization import (
-    FORMATS,
     IntegerFormat,
     QuantizedWeight,
     choose_scales,
@@ -46,11 +45,12 @@ class GPTQ(Rounding):
         self.damp = share("damp", damp)
         self.channels = whole("channels", channels)
 
-    def round_plane(self, weight: Tensor, moments: Tensor | None, dtype: str) -> QuantizedWeight:
+    def round_plane(
+        self, weight: Tensor, moments: Tensor | None, form: IntegerFormat
+    ) -> QuantizedWeight:
         """See :meth:`Rounding.round_plane`; a channel without inputs is rounded to the nearest."""
         assert moments is not None
-        form = FORMATS[dtype]
-        rows = finite_rows(weight.t(), dtype)
+        rows = finite_rows(weight.t(), form)
         if not moments.isfinite().all():
             raise CalibrationError("an input of calibration is NaN, Inf, or too large to square")
         parts = -(-len(rows) // self.channels)
