@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,7 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from wina.kernels.quantization import FORMATS, quantize_as
+
 GROUPS = (32, 64, 128, 4096)
+# The least share of a first plane's scale: 1 clips nothing, below 0.64 nothing is tried.
+LEAST_SHARES = (1.0, 0.92, 0.64)
 # The largest weight of a group becomes `full`; clipping tries ten scales; or a zero point.
 WAYS: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8, "full": 127},
@@ -77,8 +83,27 @@ def measure(weights: Sequence[Tensor]) -> list[dict[str, Any]]:
     ]
 
 
+def measure_planes(weights: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """Rows of {least, first, both}: mean relative errors of weights [K, N] in two planes of 4 bits.
+
+    ``least`` is how far the first plane may clip; the second clips as a weight of 4 bits does.
+    """
+    form = FORMATS["int4"]
+    rows = []
+    for least in LEAST_SHARES:
+        gentle = replace(form, shrink=tuple(share for share in form.shrink if share >= least))
+        errors = []
+        for weight in weights:
+            rest = weight - quantize_as(weight, gentle).dequantize()
+            left = rest - quantize_as(rest, form).dequantize()
+            errors.append([float(error.norm() / weight.norm()) for error in (rest, left)])
+        first, both = (fmean(column) for column in zip(*errors, strict=True))
+        rows.append({"least": least, "first": first, "both": both})
+    return rows
+
+
 def main() -> None:
-    """Print a table for Gaussian weights and one for a model's block, then one JSON line."""
+    """Print tables for Gaussian weights and for a model's block, then one JSON line."""
     from wina.cli_options import load_model
     from wina.projections import find_projections
 
@@ -96,7 +121,8 @@ def main() -> None:
             if p.block == asked.block
         ],
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
+    planes: list[dict[str, Any]] = []
     for name, weights in sets.items():
         found = measure(weights)
         rows += [{"weights": name, **row} for row in found]
@@ -106,7 +132,15 @@ def main() -> None:
         for row in found:
             table.add_row(str(row["group"]), *(f"{row[way]:.2%}" for way in WAYS))
         Console(width=110).print(table)
-    print(json.dumps({"rows": rows}))
+        in_planes = measure_planes(weights)
+        planes += [{"weights": name, **row} for row in in_planes]
+        table = Table(title=f"{name}: 4 + 4 bits")
+        for column in ("first clips to", "first", "both"):
+            table.add_column(column, justify="right")
+        for row in in_planes:
+            table.add_row(f"{row['least']:.2f}", f"{row['first']:.2%}", f"{row['both']:.2%}")
+        Console(width=110).print(table)
+    print(json.dumps({"rows": rows, "planes": planes}))
 
 
 if __name__ == "__main__":
