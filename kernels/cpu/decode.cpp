@@ -231,9 +231,13 @@ class Machine {
       }
       case Op::repeat: {
         const Tensor& x = reg();
-        const int64_t times = next();
-        TORCH_CHECK(x.dim() == 1 && times > 0, "wina::decode_step: repeats a vector once or more");
-        return x.repeat({times});
+        const int64_t times = next(), bytes = static_cast<int64_t>(x.nbytes());
+        TORCH_CHECK(x.dim() == 1 && x.is_contiguous() && times > 0,
+                    "wina::decode_step: repeats a vector once or more");
+        Tensor out = at::empty({times * x.numel()}, x.options());
+        char* to = static_cast<char*>(out.mutable_data_ptr());
+        for (int64_t i = 0; i < times; ++i) std::memcpy(to + i * bytes, x.const_data_ptr(), bytes);
+        return out;
       }
     }
     TORCH_CHECK(false, "wina::decode_step: no instruction ", static_cast<int64_t>(op));

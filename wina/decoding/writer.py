@@ -211,8 +211,10 @@ class _Writer:
             self.program.emit("group_of_three", names[0], x, *operands)
             return list(names)
         if len(projections) > 1:
+            planes = {_planes_of(projection) for projection in projections}
+            once = self._repeated(projections[0], x) if len(planes) == 1 else None
             return [
-                self._linear(name, x, projection)
+                self._linear(name, x, projection, repeated=once)
                 for name, projection in zip(names, projections, strict=True)
             ]
         joint = self._linear("joint", x, projections[0])
@@ -228,7 +230,11 @@ class _Writer:
             raise UnrecognisedError(f"{what} ({type(norm).__name__}) is no RMS norm")
         return self.program.emit("rms_norm", out, x, weight.detach(), eps, _offset(norm, eps))
 
-    def _linear(self, out: str, x: str, linear: nn.Linear, residual: str | None = None) -> str:
+    def _linear(
+        self, out: str, x: str, linear: nn.Linear, residual: str | None = None,
+        repeated: str | None = None,
+    ) -> str:  # fmt: skip
+        """The product of x with a projection; ``repeated`` holds x for its planes already."""
         if not isinstance(linear, SparseLinear):
             if not isinstance(linear, nn.Linear):
                 raise UnrecognisedError(f"{type(linear).__name__} is no nn.Linear")
@@ -237,7 +243,7 @@ class _Writer:
             )
         threshold = self._threshold(linear)
         bias, scale = self._bias(linear), self._scale(linear, x, "s")
-        x = self._repeated(linear, x)
+        x = repeated or self._repeated(linear, x)
         if linear.choice.backend.masked_rows:
             drops = bool((threshold >= 0).any())  # else nothing is, whatever the scale
             mask = (threshold, scale) if drops else (None, None)
@@ -267,9 +273,9 @@ class _Writer:
         else:
             self.program.emit("gate_up", out, x, _k_major(gate), _k_major(up), *tail)
 
-    def _repeated(self, linear: SparseLinear, x: str) -> str:
+    def _repeated(self, linear: nn.Linear, x: str) -> str:
         """The register of x as the planes of a weight read it."""
-        planes = linear.planes if isinstance(linear, QuantizedSparseLinear) else 1
+        planes = _planes_of(linear)
         return x if planes == 1 else self.program.emit("repeat", "w", x, planes)
 
     def _threshold(self, linear: SparseLinear) -> Tensor:
@@ -372,6 +378,10 @@ def _fusible(gate: nn.Linear, up: nn.Linear) -> bool:
         and gate.weight_dtype == up.weight_dtype
         and not (gate.choice.backend.masked_rows or up.choice.backend.masked_rows)
     )
+
+
+def _planes_of(linear: nn.Linear) -> int:
+    return linear.planes if isinstance(linear, QuantizedSparseLinear) else 1
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:
