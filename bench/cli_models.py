@@ -203,7 +203,9 @@ def profile_command(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     weight_dtypes: Annotated[
         str,
-        typer.Option(help="Of projections, by commas, each at every sparsity: own, int8, int4, int4+int4."),
+        typer.Option(
+            help="Of projections, by commas, each at every sparsity: own, int8, int4, int4+int4."
+        ),
     ] = "own",
     context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 16,
     new_tokens: Annotated[int, typer.Option(help="Tokens to time.")] = 64,

@@ -381,7 +381,9 @@ def _parse_weight(
     projection: Projection, config: SparsityConfig, tensors: Mapping[str, Tensor]
 ) -> QuantizedWeight | None:
     rounding = config.make_rounding()
-    if config.kept_as is None or rounding is None or not rounding.looks:
+    if config.kept_as is None or rounding is None:
+        return None
+    if not rounding.looks and f"{projection.name}.packed" not in tensors:
         return None
     packed, scales = (tensors[f"{projection.name}.{leaf}"] for leaf in ("packed", "scales"))
     rows, bits = config.planes * projection.in_features, config.kept_as.format.bits

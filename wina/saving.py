@@ -8,8 +8,9 @@ skips an unknown method, and gives a dense model.
 
 Weights that are kept in 8 or 4 bits are saved as floats: the original ones where they were kept,
 else the rounded ones. Loaded, they are replaced by the integers of the plan where calibration found
-them (:mod:`wina.rounding`); else they are rounded again, which gives the same values back (in 16
-bits and int8 now and then a scale that is one step off).
+them (:mod:`wina.rounding`), or where planes of weights that are gone were saved in it; else they
+are rounded again, which gives the same values back (in 16 bits and int8 now and then a scale that
+is one step off).
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def _save_pretrained(
         if free:
             del self.config.quantization_config
     if is_main_process:
-        _plan_of(patch.plan, weights).save(Path(save_directory) / PLAN_FOLDER)
+        _plan_of(self, patch, weights).save(Path(save_directory) / PLAN_FOLDER)
     if push_to_hub:
         # It saves again, into an empty folder, and uploads all that is in it.
         known = ("commit_message", "private", "token", "revision", "create_pr", "max_shard_size")
@@ -109,14 +110,20 @@ def _float_state_dict(model: nn.Module, patch: Patch) -> dict[str, Tensor]:
     return weights
 
 
-def _plan_of(plan: SparsityPlan, weights: dict[str, Tensor]) -> SparsityPlan:
+def _plan_of(model: nn.Module, patch: Patch, weights: dict[str, Tensor]) -> SparsityPlan:
     """The plan, recognising the weights that are saved (they may have been tuned or rounded)."""
+    plan = patch.plan
     layers = {
         name: replace(layer, sample=weight_sample(weights[f"{name}.weight"]))
         if f"{name}.weight" in weights
         else layer
         for name, layer in plan.layers.items()
     }
+    if patch.dropped and plan.config.planes > 1:
+        # The sum of planes, rounded again, would give others.
+        for module in model.modules():
+            if isinstance(module, QuantizedSparseLinear) and module.name in layers:
+                layers[module.name] = replace(layers[module.name], weight=module.quantized.cpu())
     experts = {
         name: replace(layer, sample=experts_sample(weights[name])) if name in weights else layer
         for name, layer in plan.experts.items()

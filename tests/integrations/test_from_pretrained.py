@@ -22,6 +22,7 @@ from wina.errors import (
     PatchStateError,
     UnsupportedModelError,
 )
+from wina.kernels.quantization import WEIGHT_DTYPES
 from wina.linear import SparseLinear
 from wina.patch import is_patched
 from wina.quantized_linear import QuantizedSparseLinear
@@ -178,7 +179,7 @@ def test_tuned_weights_are_saved_and_recognised(llama: nn.Module, tmp_path: Path
     assert is_patched(load(tmp_path))
 
 
-@pytest.mark.parametrize("width", ["int8", "int4"])
+@pytest.mark.parametrize("width", list(WEIGHT_DTYPES))
 @pytest.mark.parametrize("keep", [False, True])
 def test_rounded_weights_come_back_exactly(
     llama: nn.Module, tmp_path: Path, width: str, keep: bool
