@@ -48,6 +48,7 @@ class TokenCosts:
 
     def __init__(self, model: nn.Module, itemsize: float | None = None) -> None:
         self.projections = find_projections(model)
+        self.weights = sum(projection.weights for projection in self.projections)
         weights = structure_of(model).weights
         loaded = next(w.itemsize for w in weights if w.kind in SPARSE_KINDS)
         self._itemsize = float(loaded if itemsize is None else itemsize)

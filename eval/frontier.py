@@ -53,9 +53,10 @@ def rows_of_frontier(cells: Iterable[Mapping[str, Any]], costs: TokenCosts) -> l
     """One row for each method, width and sparsity, means over the texts.
 
     Returns:
-        Rows of {method, width, sparsity, realised, bytes, share, nats_over_dense, best}: ``bytes``
-        are those of a token, ``share`` is theirs of the dense model's as loaded, ``best`` tells
-        rows that no other row beats in both.
+        Rows of {method, width, sparsity, realised, bits, bytes, share, nats_over_dense, best}:
+        ``bits`` are those read of a projection's weight in the mean, ``bytes`` those of a token,
+        ``share`` is theirs of the dense model's as loaded, ``best`` tells rows that no other row
+        beats in both.
     """
     found = list(cells)
     dense = {c["task"]: c["metrics"]["nats"]["value"] for c in found if c["method"] == "dense"}
@@ -76,6 +77,7 @@ def rows_of_frontier(cells: Iterable[Mapping[str, Any]], costs: TokenCosts) -> l
                 "width": width,
                 "sparsity": sparsity,
                 "realised": costs.mean(realised) if realised else 0.0,
+                "bits": 8.0 * read.projections / costs.weights,
                 "bytes": read.total,
                 "share": costs.share(read),
                 "nats_over_dense": fmean(losses),
@@ -103,13 +105,17 @@ def _mean_realised(group: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: fmean(share[name] for share in shares) for name in shares[0]}
 
 
-_HEADER = ("width", "method", "sparsity", "realised", "MB per token", "of dense", "nats over dense")
+_HEADER = (
+    "width", "method", "sparsity", "realised", "bits a weight", "MB per token", "of dense",
+    "nats over dense",
+)  # fmt: skip
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     return [
         row["width"], row["method"], f"{row['sparsity']:.0%}", f"{row['realised']:.3f}",
-        f"{row['bytes'] / 1e6:.1f}", f"{row['share']:.3f}", f"{row['nats_over_dense']:.4f}",
+        f"{row['bits']:.2f}", f"{row['bytes'] / 1e6:.1f}", f"{row['share']:.3f}",
+        f"{row['nats_over_dense']:.4f}",
     ]  # fmt: skip
 
 
@@ -166,26 +172,29 @@ def draw_frontier(title: str, rows: Sequence[Mapping[str, Any]], note: str, path
     figure, axes = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
     widths = list(dict.fromkeys(row["width"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows if row["sparsity"]))
-    # The loss of rounding can be a hair below zero; the axis is linear close to it.
+
+    def style(width: int, method: int) -> dict[str, Any]:
+        return {
+            "color": f"C{width}", "marker": "osD^vP*X"[method % 8], "markersize": 4,
+            "linestyle": ("-", "--", ":", "-.")[method % 4],
+        }  # fmt: skip
+
     for w, width in enumerate(widths):
         dense = [row for row in rows if row["width"] == width and not row["sparsity"]]
         for m, method in enumerate(methods):
             own = [row for row in rows if (row["width"], row["method"]) == (width, method)]
             points = sorted((100 * r["share"], r["nats_over_dense"]) for r in (*dense, *own))
-            axes.plot(
-                [x for x, _ in points], [y for _, y in points], marker="osD^vP*X"[w % 8],
-                markersize=4, color=f"C{m}", linestyle=("-", "--", ":", "-.")[w % 4],
-            )  # fmt: skip
+            axes.plot([x for x, _ in points], [y for _, y in points], **style(w, m))
     best = sorted((100 * r["share"], r["nats_over_dense"]) for r in rows if r.get("best"))
     axes.plot([x for x, _ in best], [y for _, y in best], color="0.85", linewidth=6, zorder=0)
     # One key for colours, one for markers: their product would be as long as the table.
-    keys = [axes.plot([], [], color=f"C{m}", label=method)[0] for m, method in enumerate(methods)]
+    keys = [axes.plot([], [], color=f"C{w}", label=width)[0] for w, width in enumerate(widths)]
     keys += [
-        axes.plot([], [], color="0.3", marker="osD^vP*X"[w % 8], markersize=4,
-                  linestyle=("-", "--", ":", "-.")[w % 4], label=width)[0]
-        for w, width in enumerate(widths)
-    ]  # fmt: skip
+        axes.plot([], [], **{**style(0, m), "color": "0.3"}, label=method)[0]
+        for m, method in enumerate(methods)
+    ]
     keys += axes.plot([], [], color="0.85", linewidth=6, label="no row is better")
+    # The loss of rounding can be a hair below zero; the axis is linear close to it.
     axes.set_yscale("symlog", linthresh=0.01)
     axes.set_xlabel("bytes read per token, % of the dense model's")
     axes.set_ylabel("nats over dense")

@@ -211,8 +211,9 @@ def test_gradients_reach_the_input(llama: nn.Module) -> None:
     assert (x.grad[0, 0][~dropped] != 0).any()  # type: ignore[index]
 
 
-def test_compiled_block_is_one_graph(llama: nn.Module) -> None:
-    wina.sparsify(llama, plan_for(llama, weight_dtype="int4"))
+@pytest.mark.parametrize("width", WIDTHS)
+def test_compiled_block_is_one_graph(llama: nn.Module, width: str) -> None:
+    wina.sparsify(llama, plan_for(llama, weight_dtype=width))
     block = llama.model.layers[0]  # type: ignore
     x = torch.randn(1, 1, 64)
     rotary = llama.model.rotary_emb(x, torch.tensor([[3]]))  # type: ignore

@@ -103,6 +103,8 @@ def test_frontier_command(folder: Path, tmp_path: Path) -> None:
         assert rows[width, 0.5]["bytes"] < rows[width, 0.0]["bytes"]
     assert rows["loaded", 0.0]["nats_over_dense"] == 0.0
     assert rows["loaded", 0.0]["share"] == 1.0
+    assert rows["loaded", 0.0]["bits"] == 16.0  # counted as bfloat16
+    assert rows["int4+int4", 0.0]["bits"] == 2 * rows["int4", 0.0]["bits"] > 8.0
     assert {row["method"] for row in found["rows"]} == {"dense", "wina"}
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
     best = [row["width"] for row in found["rows"] if row["best"]]
