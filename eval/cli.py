@@ -116,7 +116,8 @@ def eval_grid(
         print(context.get_help())
         raise typer.Exit(0 if len(sys.argv) <= 2 else 2)
     _quiet_libraries()
-    from wina.eval.grid import Grid, GridRun, columns_of, parse_settings
+    from wina.eval.columns import columns_of, parse_settings
+    from wina.eval.grid import Grid, GridRun
     from wina.eval.measurement import Settings
     from wina.eval.run import open_tasks, print_grid, rows_of
 
@@ -262,20 +263,47 @@ def eval_ppl(
     weight_dtype: WeightDtype = None,
     head_dtype: HeadDtype = "auto",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Save the JSON here after every row.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Save the JSON here after every row. Rows of the same model, text and settings "
+            "that it holds already are not measured again.",
+        ),
     ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Perplexity of methods × sparsities on a text that calibration never saw."""
-    from wina.eval.perplexity import compare, comparison_document, print_comparison
+    """Perplexity of methods × sparsities on a text that calibration never saw.
+
+    `wina eval ppl --text wiki.test.raw --methods wina,wina-plus/weight_dtype=int4+int4`
+    """
+    from wina.eval.perplexity import (
+        compare,
+        comparison_document,
+        identity_of,
+        print_comparison,
+        saved_rows,
+    )
 
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     title = Path(resolve_model(model)).name
+    texts, calibration_texts = documents_of(text), documents_of(calibration)
+    settings = {
+        "selector": selector,
+        "correction": correction,
+        "refinement": refinement,
+        "mask": mask,
+        "statistics": statistics,
+        "calibration_tokens": calibration_tokens,
+        "weight_dtype": weight_dtype,
+    }
+    of_text = {"tokens": tokens, "window": window, "prefill": prefill, "head_dtype": head_dtype}
+    identity = identity_of(loaded, texts, calibration_texts, {**settings, **of_text})
 
     def save(rows: list[dict[str, Any]]) -> None:
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
-            document = json.dumps(comparison_document(title, rows), indent=1)
+            document = json.dumps(comparison_document(title, rows, identity), indent=1)
             write_atomically(output, (document + "\n").encode())
 
     rows = compare(
@@ -283,24 +311,17 @@ def eval_ppl(
         tokenizer,
         names(methods),
         numbers(sparsities),
-        texts=documents_of(text),
-        calibration=documents_of(calibration),
+        texts=texts,
+        calibration=calibration_texts,
         tokens=tokens or None,
         window=window,
         prefill=prefill,
-        settings={
-            "selector": selector,
-            "correction": correction,
-            "refinement": refinement,
-            "mask": mask,
-            "statistics": statistics,
-            "calibration_tokens": calibration_tokens,
-            "weight_dtype": weight_dtype,
-        },
+        settings=settings,
         head_dtype=head_dtype,
         after_row=save,
+        known=[] if output is None else saved_rows(output, identity),
     )
-    print_comparison(title, rows, prefill)
+    print_comparison(title, rows, prefill, identity)
 
 
 @app.command("ablation")
@@ -329,8 +350,8 @@ def eval_ablation(
     """
     _quiet_libraries()
     from wina.eval.ablation import Levels, print_ablation, rows_of_ablation, write_ablation
+    from wina.eval.columns import columns_of, parse_settings
     from wina.eval.costs import TokenCosts
-    from wina.eval.grid import columns_of, parse_settings
 
     levels = Levels(names(criteria), names(rotations), names(allocations), names(selectors))
     common = {"prefill": "all", **parse_settings(names(settings))}
@@ -372,6 +393,7 @@ def eval_frontier(
     corrections and rotations. Writes frontier.md, frontier.png and frontier.json beside the cells.
     """
     _quiet_libraries()
+    from wina.eval.columns import parse_settings
     from wina.eval.costs import TokenCosts
     from wina.eval.frontier import (
         frontier_columns,
@@ -379,7 +401,6 @@ def eval_frontier(
         rows_of_frontier,
         write_frontier,
     )
-    from wina.eval.grid import parse_settings
 
     common = {"prefill": "all", **parse_settings(names(settings))}
     columns = frontier_columns(names(methods), names(widths), numbers(sparsities), common)

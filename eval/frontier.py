@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from wina.errors import WinaError
+from wina.eval.columns import Column, columns_of
 from wina.eval.costs import TokenCosts
-from wina.eval.grid import Column, columns_of
 from wina.files import write_atomically
 from wina.kernels.quantization import WEIGHT_DTYPES
 

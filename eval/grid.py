@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
@@ -24,46 +24,19 @@ from wina.allocation import Measurements
 from wina.bench.machine import machine_card
 from wina.calibration import calibrate
 from wina.config import SparsityConfig
-from wina.errors import ConfigError, PlanError, WinaError
+from wina.errors import PlanError, WinaError
 from wina.eval.agreement import Comparison, DenseLogits
+from wina.eval.columns import BACKEND, Column
 from wina.eval.measurement import EvalTask, Measurement, Settings, Trial
 from wina.files import read_json, remove_partial, write_atomically
 from wina.inspection import inspect
 from wina.patch import apply_plan, restore
 from wina.plan import SparsityPlan
-from wina.rotation import NO_ROTATION, rotated
+from wina.rotation import rotated
 
 FORMAT = "wina-eval"
 VERSION = 1
 PACKAGES = ("wina", "torch", "transformers", "tokenizers", "lm_eval", "datasets")
-# How a forward with many tokens is computed: a mask and a dense product, on weights left as they
-# are. So the dense model is the very same computation without the masks.
-BACKEND = "reference"
-
-
-@dataclass(frozen=True)
-class Column:
-    """A model of the grid: a method at a sparsity.
-
-    Attributes:
-        label: the method as the user wrote it.
-        sparsity: 0 for the dense model.
-        config: its settings, the prefill protocol included; None for the dense model.
-    """
-
-    label: str
-    sparsity: float
-    config: SparsityConfig | None
-
-    @property
-    def rotation(self) -> str:
-        """What the model has to be rotated by."""
-        return NO_ROTATION if self.config is None else self.config.rotation_spec
-
-    @property
-    def title(self) -> str:
-        """For people."""
-        return self.label if self.config is None else f"{self.label} at {self.sparsity:.0%}"
 
 
 @dataclass(frozen=True)
@@ -88,50 +61,6 @@ class Grid:
     agreement_tokens: int = 2048
     model: str = ""
     more: Mapping[str, Any] = field(default_factory=dict)
-
-
-def columns_of(
-    methods: Sequence[str], sparsities: Sequence[float], common: Mapping[str, Any]
-) -> list[Column]:
-    """The dense model, then every method at every sparsity.
-
-    A method is a name of :data:`wina.methods.METHODS`, followed by settings of its own where
-    wanted, as in ``wina/selector=topk/allocation=uniform``.
-
-    Args:
-        methods: ``"dense"`` may be left out: everything is compared with it.
-        sparsities: in [0, 1).
-        common: settings that all methods share.
-    """
-    columns = [Column("dense", 0.0, None)]
-    for label in methods:
-        name, *own = label.split("/")
-        if name == "dense":
-            continue
-        settings = {**common, "method": name, **parse_settings(own)}
-        columns += [
-            Column(label, value, SparsityConfig.from_dict({**settings, "sparsity": value}))
-            for value in sparsities
-        ]
-    return columns
-
-
-def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """``field=value`` pairs of :class:`SparsityConfig`, values in the type of the field."""
-    defaults = {f.name: f.default for f in fields(SparsityConfig)}
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or name not in defaults:
-            raise ConfigError(
-                f"{pair!r} is no setting: write field=value with a field of: {', '.join(defaults)}"
-            )
-        kind = type(defaults[name])
-        try:
-            settings[name] = kind(value) if kind in (int, float) else value
-        except ValueError:
-            raise ConfigError(f"{pair!r}: expected a value such as {defaults[name]!r}") from None
-    return settings
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +21,13 @@ from torch import Tensor, nn
 from wina.allocation import Measurements
 from wina.api import sparsify
 from wina.bench.machine import machine_card
-from wina.config import SparsityConfig
 from wina.decoding.head import AUTO, read_rounded
 from wina.decoding.head import head_dtype as chosen_head
-from wina.errors import ConfigError
+from wina.errors import ConfigError, WinaError
+from wina.eval.columns import BACKEND, columns_of
+from wina.eval.grid import fingerprint, versions
+from wina.files import read_json
 from wina.inspection import inspect, measure_sparsity
-from wina.methods import METHODS
 from wina.patch import is_patched, prefill_protocol, restore
 from wina.prefill import parse_prefill
 from wina.progress import progress
@@ -180,13 +183,15 @@ def compare(
     show_progress: bool = True,
     head_dtype: str = AUTO,
     after_row: Callable[[list[dict[str, Any]]], object] | None = None,
+    known: Sequence[Mapping[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Perplexity of every method at every sparsity, calibrated on another text.
 
     Args:
         model: a dense decoder, dense again afterwards.
         tokenizer: the model's.
-        methods: names of :data:`wina.methods.METHODS`; ``"dense"`` is always measured.
+        methods: names of :data:`wina.methods.METHODS`, each with settings of its own where wanted,
+            see :func:`wina.eval.columns.columns_of`; ``"dense"`` is always measured.
         sparsities: shares of input channels to drop.
         texts: what to score; the bundled held-out text by default.
         calibration: what to calibrate on; the bundled calibration text by default.
@@ -197,33 +202,36 @@ def compare(
         show_progress: draw progress bars on stderr.
         head_dtype: of the sparse models' head, as :func:`wina.decode` reads it.
         after_row: gets the rows so far whenever there is one more.
+        known: rows that are not to be measured again.
 
     Returns:
         Rows of {method, sparsity, realised_bytes_sparsity, perplexity, nats_over_dense,
-        extra_bytes, tokens}.
+        extra_bytes, tokens}: the known ones, then those that are new.
     """
     windows = to_windows(bundled("heldout") if texts is None else texts, tokenizer, window, tokens)
-    configs = [
-        SparsityConfig(method=method, sparsity=sparsity, **(settings or {}))
-        for method in methods
-        if not METHODS[method].dense
-        for sparsity in sparsities
-    ]
-    baseline = perplexity(model, windows, title="scoring dense", show_progress=show_progress)
-    rows = [_row("dense", 0.0, baseline, baseline)]
+    columns = columns_of(methods, sparsities, settings or {})
+    rows = [dict(row) for row in known]
+    measured = {(row["method"], row["sparsity"]): row for row in rows}
     tell = after_row or (lambda _: None)
-    tell(rows)
-    measurements = Measurements(max((c.sparsity for c in configs), default=0.0))
-    for config in configs:
+    if ("dense", 0.0) not in measured:
+        scored = perplexity(model, windows, title="scoring dense", show_progress=show_progress)
+        rows.append(_row("dense", 0.0, scored, scored.nats))
+        tell(rows)
+    dense = math.log(next(row for row in rows if row["method"] == "dense")["perplexity"])
+    left = [
+        (column.label, column.config)
+        for column in columns
+        if column.config is not None and (column.label, column.sparsity) not in measured
+    ]
+    measurements = Measurements(max((config.sparsity for _, config in left), default=0.0))
+    for label, config in left:
         with rotated(model, config.rotation_spec, tokenizer, show_progress):
             sparsify(
                 model, config, tokenizer=tokenizer, texts=calibration, keep_original=True,
-                backend="reference" if METHODS[config.method].gate_mask else "auto",
-                measurements=measurements,
-                show_progress=show_progress,
+                backend=BACKEND, measurements=measurements, show_progress=show_progress,
             )  # fmt: skip
             try:
-                title = f"scoring {config.method} at {config.sparsity:.0%}"
+                title = f"scoring {label} at {config.sparsity:.0%}"
                 rounded = chosen_head(model, head_dtype)
                 with nullcontext() if rounded is None else read_rounded(model, rounded):
                     scored = perplexity(
@@ -232,30 +240,71 @@ def compare(
                     )  # fmt: skip
             finally:
                 restore(model)
-        rows.append(_row(config.method, config.sparsity, scored, baseline))
+        rows.append(_row(label, config.sparsity, scored, dense))
         tell(rows)
         if show_progress:
             Console(stderr=True).print(
-                f"{config.method} at {config.sparsity:.0%}: perplexity {scored.perplexity:.3f}, "
+                f"{label} at {config.sparsity:.0%}: perplexity {scored.perplexity:.3f}, "
                 f"realised {scored.realised:.4f}",
                 highlight=False,
             )
     return rows
 
 
-def _row(method: str, sparsity: float, scored: Perplexity, baseline: Perplexity) -> dict[str, Any]:
+def _row(method: str, sparsity: float, scored: Perplexity, dense_nats: float) -> dict[str, Any]:
     return {
         "method": method,
         "sparsity": sparsity,
         "realised_bytes_sparsity": scored.realised,
         "perplexity": scored.perplexity,
-        "nats_over_dense": scored.nats - baseline.nats,
+        "nats_over_dense": scored.nats - dense_nats,
         "extra_bytes": scored.extra_bytes,
         "tokens": scored.tokens,
     }
 
 
-def print_comparison(title: str, rows: Sequence[dict[str, Any]], prefill: str) -> None:
+def identity_of(
+    model: nn.Module,
+    texts: Sequence[str] | None,
+    calibration: Sequence[str] | None,
+    settings: Mapping[str, Any],
+) -> str:
+    """A digest of all that the rows of :func:`compare` depend on beside method and sparsity."""
+
+    def hashed(given: Sequence[str] | None) -> str | None:
+        return None if given is None else hashlib.sha256("\0".join(given).encode()).hexdigest()
+
+    facts = {
+        "model": fingerprint(model),
+        "text": hashed(texts),
+        "calibration": hashed(calibration),
+        "settings": dict(settings),
+        "versions": versions(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def saved_rows(path: Path, identity: str) -> list[dict[str, Any]]:
+    """The rows of a saved comparison with this identity; none where there is no such file.
+
+    Raises:
+        WinaError: the file holds something else, which would be overwritten.
+    """
+    if not path.exists():
+        return []
+    document = read_json(path)
+    if not isinstance(document, dict) or document.get("identity") != identity:
+        raise WinaError(
+            f"{path} holds a comparison of another model, text, version or setting: choose another "
+            "--output, or remove it"
+        )
+    rows: list[dict[str, Any]] = document["rows"]
+    return rows
+
+
+def print_comparison(
+    title: str, rows: Sequence[dict[str, Any]], prefill: str, identity: str
+) -> None:
     """A table for people, then the JSON line."""
     table = Table(title=f"{title}: perplexity, prefill {prefill}, {rows[0]['tokens']} tokens")
     for column in (
@@ -274,10 +323,17 @@ def print_comparison(title: str, rows: Sequence[dict[str, Any]], prefill: str) -
             f"{row['perplexity']:.3f}", f"{row['nats_over_dense']:.4f}",
         )  # fmt: skip
     Console(width=100).print(table)
-    print(json.dumps(comparison_document(title, rows)))
+    print(json.dumps(comparison_document(title, rows, identity)))
 
 
-def comparison_document(title: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is printed last, and saved: the rows, the machine, the command."""
-    command = " ".join(["wina", *sys.argv[1:]])
-    return {"model": title, "rows": list(rows), "machine": machine_card(), "command": command}
+def comparison_document(
+    title: str, rows: Sequence[dict[str, Any]], identity: str
+) -> dict[str, Any]:
+    """What is printed last, and saved: the rows, what they are of, the machine, the command."""
+    return {
+        "model": title,
+        "rows": list(rows),
+        "identity": identity,
+        "machine": machine_card(),
+        "command": " ".join(["wina", *sys.argv[1:]]),
+    }

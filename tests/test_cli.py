@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from wina.cli import app, main
+from wina.errors import WinaError
 from wina.testing import tiny_model, tiny_tokenizer
 
 runner = CliRunner()
@@ -75,6 +76,26 @@ def test_eval_ppl(folder: str, tmp_path: Path) -> None:
     assert [row["method"] for row in rows] == ["dense", "teal", "wina"]
     assert rows[0]["nats_over_dense"] == 0
     assert all(0.4 < row["realised_bytes_sparsity"] < 0.6 for row in rows[1:])
+
+
+def test_eval_ppl_goes_on_where_it_was(folder: str, tmp_path: Path) -> None:
+    saved = tmp_path / "ppl.json"
+    common = (
+        "eval", "ppl", "--model", folder, "--sparsities", "0.5", "--calibration-tokens", "1024",
+        "--output", str(saved),
+    )  # fmt: skip
+    invoke(*common, "--tokens", "512", "--methods", "wina")
+    document = json.loads(saved.read_text())
+    document["rows"][1]["perplexity"] = 12.5  # as nothing would be measured
+    saved.write_text(json.dumps(document))
+    other = "wina/weight_dtype=int4+int4"
+    out = invoke(*common, "--tokens", "512", "--methods", f"wina,{other}")
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [row["method"] for row in rows] == ["dense", "wina", other]
+    assert rows[1]["perplexity"] == 12.5
+    assert json.loads(saved.read_text())["rows"] == rows
+    with pytest.raises(WinaError, match="another --output"):
+        invoke(*common, "--tokens", "256", "--methods", "wina")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from wina.cli import app
 from wina.errors import ConfigError, UnknownNameError, WinaError
 from wina.eval import grid as grid_module
-from wina.eval.grid import Column, Grid, GridRun, columns_of, parse_settings, read_cell
+from wina.eval.columns import Column, columns_of, parse_settings
+from wina.eval.grid import Grid, GridRun, read_cell
 from wina.eval.harness import HarnessTask
 from wina.eval.local_tasks import local_tasks
 from wina.eval.measurement import KINDS, EvalTask, Settings, Trial
