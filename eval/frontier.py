@@ -106,7 +106,7 @@ def _mean_realised(group: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 _HEADER = (
-    "width", "method", "sparsity", "realised", "bits a weight", "MB per token", "of dense",
+    "width", "method", "sparsity", "realised", "bits a weight", "MB a token", "of dense",
     "nats over dense",
 )  # fmt: skip
 
@@ -154,7 +154,7 @@ def print_frontier(
         table.add_column(column, justify="left" if left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row), "*" if row["best"] else "")
-    console = Console(width=110)
+    console = Console(width=120)
     console.print(table)
     if note:
         console.print(note)
