@@ -67,26 +67,26 @@ class Importance(Selector):
             count = max(1, _MOST // tokens)
             some = torch.linspace(0, windows - 1, count).round().to(torch.int64)
             x, importance = x[some.to(x.device)], importance[some.to(importance.device)]
-        wide = x.double()
-        mean, spread = wide.mean((0, 1)), wide.std((0, 1), correction=0)
+        mean = x.mean((0, 1), dtype=torch.float64)
+        rows = x.float() - mean.float()
+        spread = rows.square().mean((0, 1), dtype=torch.float64).sqrt()
         used = spread > 1e-9 * spread.max()
-        inputs = torch.where(used, (wide - mean) / spread, 0.0)
+        rows *= torch.where(used, 1.0 / spread, 0.0).float()
         target = (importance.to(x.device).double() / importance.double().mean() + _FLOOR).log()
-        levels = inputs.mean(1, keepdim=True)
-        rows = (inputs - levels).flatten(0, 1)
+        if not (rows.isfinite().all() and target.isfinite().all()):
+            raise CalibrationError("inputs or gradients on the calibration text have NaN or Inf")
+        levels = rows.mean(1, keepdim=True)
+        rows -= levels
         steady = levels[:, 0] * (self.steadiness * x.shape[1]) ** 0.5
         slopes = _ridge(
-            torch.cat([rows, steady]),
+            torch.cat([rows.flatten(0, 1), steady]),
             torch.cat(
                 [(target - target.mean(1, keepdim=True)).flatten(), steady.new_zeros(len(x))]
             ),
-            self.ridge * len(rows),
+            self.ridge * target.numel(),
         )
         slopes = torch.where(used, slopes / spread, 0.0) * -self.strength
-        probe = torch.cat([slopes, -(slopes @ mean).view(1)])
-        if not probe.isfinite().all():
-            raise CalibrationError("inputs or gradients on the calibration text have NaN or Inf")
-        return probe.float()
+        return torch.cat([slopes, -(slopes @ mean).view(1)]).float()
 
     def scale(
         self, x: Tensor, threshold: Tensor, sparsity: float, probe: Tensor | None = None
@@ -101,16 +101,14 @@ class Importance(Selector):
 
 
 def _ridge(inputs: Tensor, target: Tensor, penalty: float) -> Tensor:
-    """β [K] that minimises |Xβ − y|² + penalty·|β|², X [T, K]; whichever side is smaller."""
+    """β [K] float64 that minimises |Xβ − y|² + penalty·|β|², X [T, K]; whichever side is smaller.
+
+    Products of X are float32, which the penalty forgives; all else is float64.
+    """
     tokens, channels = inputs.shape
-    gram: Tensor
-    solved: Tensor
-    if tokens < channels:
-        gram = inputs @ inputs.t()
-        gram.diagonal().add_(penalty)
-        solved = torch.linalg.solve(gram, target)
-        return inputs.t() @ solved
-    gram = inputs.t() @ inputs
+    few = tokens < channels
+    gram = (inputs @ inputs.t() if few else inputs.t() @ inputs).double()
     gram.diagonal().add_(penalty)
-    solved = torch.linalg.solve(gram, inputs.t() @ target)
-    return solved
+    right = target.double() if few else (inputs.t() @ target.float()).double()
+    solved = torch.cholesky_solve(right.unsqueeze(1), torch.linalg.cholesky(gram)).squeeze(1)
+    return (inputs.t() @ solved.float()).double() if few else solved
