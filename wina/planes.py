@@ -83,7 +83,8 @@ def in_planes(
     """Let linear modules be [N, planes·K] and repeat their inputs, inside the ``with`` block.
 
     For calibration: hooks that are registered inside see the repeated inputs. Afterwards the
-    modules are what they were, with the very same weights.
+    modules are what they were, with the very same weights. Meanwhile all planes are in memory as
+    well, in the dtype of the weights.
 
     Args:
         modules: with float weights [N, K], by name.
