@@ -39,7 +39,7 @@ from wina.bench.timing import (
 )
 from wina.errors import ConfigError
 from wina.kernels.dispatch import Backend, LayerSpec, backends, choose
-from wina.kernels.quantization import FORMATS, scales_of
+from wina.kernels.quantization import FORMATS, WEIGHT_DTYPES
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ class _Point:
         if not self.weight_dtype:
             return N * K * DTYPES[self.dtype].itemsize * self.operator.matrices
         rows, columns = (N, K) if self.operator.row_major else (K, N)
-        return rows * (FORMATS[self.weight_dtype].row_bytes(columns) + 2 * scales_of(columns))
+        return WEIGHT_DTYPES[self.weight_dtype].bytes_of(rows, columns)
 
     def _row(self, backend: Backend, sparsity: float, effort: Effort) -> dict[str, Any]:
         N, K = self.shape

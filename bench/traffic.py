@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
-from wina.kernels.quantization import FORMATS, scales_of
+from wina.kernels.quantization import FORMATS, WEIGHT_DTYPES
 from wina.kernels.triton.config import Card, choose
 
 
@@ -128,7 +128,7 @@ def _row_bytes(N: int, weights: str | None) -> int:
     """Bytes of a row in memory, with its scales."""
     if weights is None:
         return N * ITEMSIZE
-    return FORMATS[weights].row_bytes(N) + 2 * scales_of(N)
+    return WEIGHT_DTYPES[weights].bytes_of(1, N)
 
 
 def calls(weights: str | None) -> Sequence[tuple[str, str, str, int, tuple[int, ...]]]:

@@ -35,7 +35,8 @@ GROUP = 128
 LINE = 64  # bytes of a cache line
 # Weights rounded at a time: bounds the float32 copies.
 _CHUNK = 1 << 22
-# Clipping further makes a first plane 2 % better and both planes 40 % worse (bench/rounding.py).
+# Clipping further makes a first plane 1 to 2 % better, both planes 30 to 60 % worse
+# (bench/rounding.py).
 _LEAST_SHARE = 0.92
 # Below this a scale's reciprocal overflows; such weights are zero in every sense that matters.
 _SMALLEST_SCALE = 1e-37
