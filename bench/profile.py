@@ -156,7 +156,7 @@ def _kinds(code: Tensor) -> Iterator[str]:
         name = names[words[at]]
         found.append(_KIND_OF.get(name, BETWEEN))
         at += 2 + len(INSTRUCTIONS[name].operands)
-    last = max((i for i, kind in enumerate(found) if kind == DENSE), default=None)
+    last = max((i for i, kind in enumerate(found) if kind in WEIGHTS), default=None)
     if last is not None:
         found[last] = HEAD
     yield from found

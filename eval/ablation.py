@@ -45,7 +45,7 @@ class Levels:
         ]
 
 
-def settings_of(label: str) -> dict[str, str]:
+def levels_of(label: str) -> dict[str, str]:
     """Factor → value of a column."""
     return dict(pair.split("=", 1) for pair in label.split("/")[1:])
 
@@ -79,7 +79,7 @@ def rows_of_ablation(
         extra = group[0]["extra_bytes"] / projection_bytes
         rows.append(
             {
-                **settings_of(label),
+                **levels_of(label),
                 "sparsity": sparsity,
                 "realised": realised,
                 "extra": extra,

@@ -55,15 +55,20 @@ def columns_of(
     """
     columns = [Column("dense", 0.0, None)]
     for label in methods:
-        name, *own = label.split("/")
-        if name == "dense":
+        settings = {**common, **settings_of(label)}
+        if settings["method"] == "dense":
             continue
-        settings = {**common, "method": name, **parse_settings(own)}
         columns += [
             Column(label, value, SparsityConfig.from_dict({**settings, "sparsity": value}))
             for value in sparsities
         ]
     return columns
+
+
+def settings_of(label: str) -> dict[str, Any]:
+    """Fields of :class:`SparsityConfig` that a method with settings of its own says."""
+    name, *own = label.split("/")
+    return {"method": name, **parse_settings(own)}
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from wina.config import SparsityConfig
 from wina.errors import WinaError
 from wina.eval.columns import Column, columns_of
 from wina.eval.costs import TokenCosts
@@ -68,16 +69,15 @@ def rows_of_frontier(cells: Iterable[Mapping[str, Any]], costs: TokenCosts) -> l
         losses = [cell["metrics"]["nats"]["value"] - dense[cell["task"]] for cell in group]
         method, width = _split(label)
         realised = _mean_realised(group) if sparsity else {}
-        read = costs.at(
-            realised, None if width == LOADED else width, group[0].get("extra_bytes", 0)
-        )
+        config = _config_of(group[0])
+        read = costs.at(realised, config, group[0].get("extra_bytes", 0))
         rows.append(
             {
                 "method": method if sparsity else "dense",
                 "width": width,
                 "sparsity": sparsity,
-                "realised": costs.mean(realised) if realised else 0.0,
-                "bits": 8.0 * read.projections / costs.weights,
+                "realised": costs.mean(realised, config) if realised else 0.0,
+                "bits": read.bits,
                 "bytes": read.total,
                 "share": costs.share(read),
                 "nats_over_dense": fmean(losses),
@@ -97,6 +97,12 @@ def _split(label: str) -> tuple[str, str]:
     widths = [p.removeprefix("weight_dtype=") for p in parts if p.startswith("weight_dtype=")]
     method = "/".join(part for part in parts if not part.startswith("weight_dtype="))
     return method, widths[0] if widths else LOADED
+
+
+def _config_of(cell: Mapping[str, Any]) -> SparsityConfig | None:
+    """The settings of a cell's column, None for the dense model."""
+    config = cell["identity"].get("config")
+    return None if config is None else SparsityConfig.from_dict(config)
 
 
 def _mean_realised(group: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -129,8 +135,9 @@ def write_frontier(
     lines = [
         f"# {title}",
         "",
-        "Bytes of one decoded token: kept rows with their scales, head, norms, thresholds, "
-        "corrections, rotations. **Bold**: no other row reads less and loses less.",
+        "Bytes of one decoded token: kept rows with their scales, head (in int8 where projections "
+        "are integers, unless it is one of them), norms, thresholds, corrections, rotations. "
+        "**Bold**: no other row reads less and loses less.",
         *(["", note] if note else []),
         "",
         f"| {' | '.join(_HEADER)} |",

@@ -24,6 +24,7 @@ from wina.allocation import Measurements
 from wina.bench.machine import machine_card
 from wina.calibration import calibrate
 from wina.config import SparsityConfig
+from wina.decoding.head import read_rounded, usual_head
 from wina.errors import PlanError, WinaError
 from wina.eval.agreement import Comparison, DenseLogits
 from wina.eval.columns import BACKEND, Column
@@ -158,7 +159,8 @@ class GridRun:
         plan = self._plan(column.config)
         apply_plan(self.lm.model, plan, column.config.prefill, BACKEND, keep_original=True)
         try:
-            yield
+            with read_rounded(self.lm.model, usual_head(column.config)):
+                yield
         finally:
             restore(self.lm.model)
 
@@ -215,7 +217,7 @@ class GridRun:
 
     def _dense_logits(self, config: SparsityConfig) -> DenseLogits:
         """Of the dense model as it is under this column's masks: rotated, its weights rounded."""
-        variant = (config.rotation_spec, config.weight_dtype)
+        variant = (config.rotation_spec, config.weight_dtype, config.head)
         if self.dense_logits[0] != variant:
             self.dense_logits = (variant, DenseLogits())
         return self.dense_logits[1]
@@ -261,6 +263,8 @@ class GridRun:
                 "protocol": self.grid.protocol,
                 "agreement_tokens": self.grid.agreement_tokens,
             }
+            head = usual_head(column.config)
+            identity |= {} if head is None else {"head": head}
         return identity
 
     def _path(self, column: Column, name: str) -> Path:

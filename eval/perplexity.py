@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,8 +232,7 @@ def compare(
             )  # fmt: skip
             try:
                 title = f"scoring {label} at {config.sparsity:.0%}"
-                rounded = chosen_head(model, head_dtype)
-                with nullcontext() if rounded is None else read_rounded(model, rounded):
+                with read_rounded(model, chosen_head(model, head_dtype)):
                     scored = perplexity(
                         model, windows, prefill, config.sink_tokens, title=title,
                         show_progress=show_progress,

@@ -15,18 +15,20 @@ from wina.allocation import Measurements
 from wina.api import sparsify
 from wina.calibration import calibrate
 from wina.config import SparsityConfig
+from wina.decoding.head import read_rounded, usual_head
 from wina.errors import ConfigError
+from wina.eval.columns import settings_of
 from wina.eval.costs import TokenCosts
 from wina.eval.frontier import LOADED
 from wina.eval.perplexity import perplexity
 from wina.inspection import inspect
 from wina.kernels.quantization import WEIGHT_DTYPES
-from wina.methods import METHODS
 from wina.patch import restore
 from wina.progress import progress
 from wina.rotation import NO_ROTATION, rotated
 from wina.texts import bundled, to_windows
 
+METHODS_TRIED = ("wina-plus", "wina-plus/head=sparse")
 # Sparsities that are tried: below the first the kernels save nothing worth the loss, above the
 # last no method is known to be useful.
 LEAST, MOST = 0.1, 0.8
@@ -41,7 +43,7 @@ class Expectation:
     """What a choice is expected to cost and to lose.
 
     Attributes:
-        method: a name of :data:`wina.methods.METHODS`.
+        method: a name of :data:`wina.methods.METHODS`, maybe with settings of its own.
         width: ``"loaded"`` or a key of :data:`WEIGHT_DTYPES`.
         sparsity: to ask for.
         realised: share of projection weights skipped on held-out text.
@@ -59,7 +61,7 @@ class Expectation:
     @property
     def settings(self) -> dict[str, Any]:
         """Fields of :class:`SparsityConfig`."""
-        found: dict[str, Any] = {"method": self.method, "sparsity": round(self.sparsity, 4)}
+        found: dict[str, Any] = {**settings_of(self.method), "sparsity": round(self.sparsity, 4)}
         return found if self.width == LOADED else {**found, "weight_dtype": self.width}
 
 
@@ -69,7 +71,8 @@ class Adviser:
     Args:
         model: a dense decoder; dense again after every trial.
         tokenizer: the model's.
-        methods: to choose from; ``"dense"`` (rounding alone) is always one.
+        methods: to choose from, as of :func:`wina.eval.columns.columns_of`; ``"dense"`` (rounding
+            alone) is always one.
         widths: ``"loaded"`` or keys of :data:`WEIGHT_DTYPES`.
         itemsize: see :class:`TokenCosts`.
         tokens: of calibration text and of held-out text.
@@ -82,7 +85,7 @@ class Adviser:
         self,
         model: nn.Module,
         tokenizer: Any,
-        methods: Sequence[str] = ("wina-plus",),
+        methods: Sequence[str] = METHODS_TRIED,
         widths: Sequence[str] = (LOADED, *WEIGHT_DTYPES),
         itemsize: float | None = None,
         tokens: int = 2048,
@@ -112,21 +115,21 @@ class Adviser:
         if not 0.0 < share <= 1.0:
             raise ConfigError(f"bytes are a share in (0, 1] of the dense model's, not {share:g}")
         for width in self.widths:
-            wanted = self.costs.sparsity_for(share, None if width == LOADED else width)
-            if wanted <= 0.0:
+            if self.costs.sparsity_for(share, self._config("dense", width, 0.0)) <= 0.0:
                 self._try("dense", width, 0.0)
-            elif LEAST <= wanted <= MOST:
-                for method in self.methods:
+                continue
+            for method in self.methods:
+                wanted = self.costs.sparsity_for(share, self._config(method, width, 0.0))
+                if LEAST <= wanted <= MOST:
                     asked = self._with_extra(share, method, width, wanted)
                     found = self._try(method, width, asked)
                     if found.share > share + _SLACK:  # the text skips less than calibration's
                         self._try(method, width, 2 * asked - found.realised)
         fitting = [found for found in self.tried if found.share <= share + _SLACK]
         if not fitting:
-            floor = self.costs.at(dict.fromkeys(self._names, MOST), self._narrowest)
             raise ConfigError(
-                f"{share:.0%} of the bytes are out of reach: at a sparsity of {MOST:.0%} and the "
-                f"narrowest width a token reads {self.costs.share(floor):.0%}"
+                f"{share:.0%} of the bytes are out of reach: at a sparsity of {MOST:.0%} a token "
+                f"reads {self._floor():.0%}, at the best of these widths and methods"
             )
         return min(fitting, key=lambda found: found.nats_over_dense)
 
@@ -148,21 +151,23 @@ class Adviser:
             raise ConfigError(f"nothing loses at most {nats:g} nats per token")
         return min(fitting, key=lambda found: found.share)
 
-    @property
-    def _names(self) -> list[str]:
-        return [projection.name for projection in self.costs.projections]
-
-    @property
-    def _narrowest(self) -> str | None:
-        rounded = [width for width in self.widths if width != LOADED]
-        return min(rounded, key=lambda width: WEIGHT_DTYPES[width].bits) if rounded else None
+    def _floor(self) -> float:
+        """The least share that any choice reads."""
+        shares = []
+        for width in self.widths:
+            for method in ("dense", *self.methods):
+                config = self._config(method, width, 0.0)
+                most = 0.0 if method == "dense" else MOST
+                realised = {p.name: most for p in self.costs.projections(config)}
+                shares.append(self.costs.share(self.costs.at(realised, config)))
+        return min(shares)
 
     def _with_extra(self, share: float, method: str, width: str, sparsity: float) -> float:
         """The sparsity that pays for the method's corrections and rotation as well."""
         extra = self._extra(method, width, sparsity)
         if not extra:
             return sparsity
-        return self.costs.sparsity_for(share, None if width == LOADED else width, extra)
+        return self.costs.sparsity_for(share, self._config(method, width, sparsity), extra)
 
     def _extra(self, method: str, width: str, sparsity: float) -> int:
         config = self._config(method, width, sparsity)
@@ -178,11 +183,13 @@ class Adviser:
 
     def _config(self, method: str, width: str, sparsity: float) -> SparsityConfig:
         return SparsityConfig(
-            method=method,
-            sparsity=sparsity,
-            weight_dtype=None if width == LOADED else width,
-            calibration_tokens=self.tokens,
-            window=self.window,
+            **{
+                **settings_of(method),
+                "sparsity": sparsity,
+                "weight_dtype": None if width == LOADED else width,
+                "calibration_tokens": self.tokens,
+                "window": self.window,
+            }
         )
 
     def _patch(self, config: SparsityConfig) -> None:
@@ -206,9 +213,10 @@ class Adviser:
             self._patch(config)
             advance()
             try:
-                scored = perplexity(self.model, self.windows, show_progress=False)
+                with read_rounded(self.model, usual_head(config)):
+                    scored = perplexity(self.model, self.windows, show_progress=False)
                 realised = scored.by_projection if sparsity else {}
-                read = self.costs.at(realised, config.weight_dtype, scored.extra_bytes)
+                read = self.costs.at(realised, config, scored.extra_bytes)
             finally:
                 restore(self.model)
             advance()
@@ -237,7 +245,7 @@ def print_recommendation(
     console = Console(width=110)
     console.print(table)
     settings = ", ".join(f"{name}={value!r}" for name, value in chosen.settings.items())
-    rotation = METHODS[chosen.method].rotation
+    rotation = SparsityConfig(**chosen.settings).rotation_spec
     if rotation != NO_ROTATION:
         console.print(f"first: wina.rotate(model, {rotation!r}, tokenizer=tokenizer)")
     console.print(f"take: wina.sparsify(model, tokenizer=tokenizer, {settings})", highlight=False)

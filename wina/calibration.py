@@ -34,6 +34,7 @@ from wina.projections import (
     Projection,
     dense_modules,
     find_experts,
+    find_head,
     find_projections,
     group_members,
     linear_of,
@@ -92,6 +93,8 @@ def calibrate(
         )
     check_rotation(model, config.rotation_spec)
     projections = find_projections(model, offloaded)
+    if config.head == "sparse":
+        projections.append(find_head(model))
     refinement = config.make_refinement()
     if offloaded:
         _check_offloaded(model, config)
@@ -166,6 +169,7 @@ def calibrate(
                 name: getattr(config, name)
                 for name in ("mask", "sink_tokens", "weight_dtype", "seed")
             },
+            **({} if config.head == "dense" else {"head": config.head}),
         },
         watched=importance.watched if weighs else (),
         show_progress=show_progress,

@@ -35,7 +35,7 @@ from wina.plan import ProjectionPlan, weight_sample
 from wina.planes import moments_of_planes
 from wina.prefill import Prefill
 from wina.progress import Advance, progress
-from wina.projections import Projection, decoder_of, linear_of
+from wina.projections import Projection, decoder_of, head_name, linear_of
 from wina.scores import ChannelScores
 from wina.statistics import ScoreHistogram
 
@@ -76,6 +76,8 @@ class Calibrator:
                 about = {"rounded": name, "config": config.record(), "sparsities": shares}
                 self.layers[name].kept = partial(measurements.tensors, about)
         self.gates = self._gates(model) if METHODS[config.method].gate_mask else []
+        head = self.layers.get(head_name(model) or "")
+        self.head = None if head is None else head.module
 
     def _gates(self, model: nn.Module) -> list[tuple[nn.Module, Layer]]:
         """(activation module, its down projection) of every gated MLP.
@@ -162,7 +164,11 @@ class Calibrator:
                 stack.enter_context(forward_replaced(experts.fused.module, masked))
             with torch.no_grad():
                 twice = torch.cat([windows] * self.copies)
-                self.decoder(input_ids=twice.to(device), use_cache=False)
+                hidden = self.decoder(input_ids=twice.to(device), use_cache=False)[0]
+                if self.head is not None:
+                    # Its logits are not needed, and would be large.
+                    stack.enter_context(forward_replaced(self.head, lambda x: x))
+                    self.head(hidden)
 
 
 def _anew(measure: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -195,7 +201,7 @@ class Layer:
         self.rounding = config.make_rounding()
         self.weight: QuantizedWeight | None = None  # on the CPU, where the rounding looks at inputs
         self.kept: Callable[[Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]] = _anew
-        self.original: Tensor | None = None
+        self.original: nn.Parameter | None = None
         self.histogram = ScoreHistogram()
         self.threshold: Tensor | None = None
         self.importance = importance  # of the calibration tokens, [windows, S]
@@ -219,13 +225,15 @@ class Layer:
         """
         if self.rounding is None or self.weight_dtype is None:
             return
-        self.original = self.module.weight.data
+        assert isinstance(self.module.weight, nn.Parameter)
+        self.original = self.module.weight
         if self.rounding.looks and self.weight is None:
             found = self.kept(partial(self._rounded_for, x))
             columns = self.projection.out_features
             bits = WEIGHT_DTYPES[self.weight_dtype].format.bits
             self.weight = QuantizedWeight(found["packed"], found["scales"], columns, bits)
-        self.module.weight.data = self._in_use(self.original)
+        # A parameter of its own: the head's may be the embedding's as well.
+        self.module.weight = nn.Parameter(self._in_use(self.original.data), requires_grad=False)
 
     def _rounded_for(self, x: Tensor) -> dict[str, Tensor]:
         """The fields of the weight that the rounding finds for inputs x [B, S, K]."""
@@ -250,7 +258,7 @@ class Layer:
     def put_back(self) -> None:
         """Give the module its own weight again, the very same tensor."""
         if self.original is not None:
-            self.module.weight.data = self.original
+            self.module.weight = self.original
             self.original = None
 
     def see(self, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from wina.cli_options import (
     CalibrationText,
     CountAs,
     Dtype,
+    Head,
     HeadDtype,
     Json,
     Method,
@@ -142,6 +143,7 @@ def calibrate(
     tokens: Annotated[int, typer.Option(help="Calibration tokens to read.")] = 8192,
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
+    head: Head = "dense",
     rounding: Annotated[
         str | None,
         typer.Option(
@@ -181,6 +183,7 @@ def calibrate(
         calibration_tokens=tokens,
         weight_dtype=weight_dtype,
         rounding=rounding,
+        head=head,
     )
     loaded, tokenizer = load_model(model, dtype, trust_remote_code, offload=offload)
     texts = documents_of(text)
@@ -229,6 +232,7 @@ def export(
     ] = False,
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
+    head: Head = "dense",
     json_output: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -245,7 +249,9 @@ def export(
 
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     if plan is None:
-        config = wina.SparsityConfig(method=method, sparsity=sparsity, weight_dtype=weight_dtype)
+        config = wina.SparsityConfig(
+            method=method, sparsity=sparsity, weight_dtype=weight_dtype, head=head
+        )
         give_rotation(loaded, config.rotation_spec, tokenizer)
         found = wina.calibrate(loaded, tokenizer, config)
     else:
@@ -257,6 +263,7 @@ def export(
     options: dict[str, object] = {"--model": model, "--dtype": dtype, "--plan": plan}
     if plan is None:
         options |= {"--method": method, "--sparsity": sparsity, "--weight-dtype": weight_dtype}
+        options |= {} if head == "dense" else {"--head": head}
     words = [str(w) for pair in options.items() if pair[1] is not None for w in pair]
     command = shlex.join(["wina", "export", output.name, *words, *["--measure"] * measure])
     write(loaded, tokenizer, output, model, command, figures)
@@ -282,7 +289,9 @@ def recommend(
         float | None, typer.Option(help="Nats per token that may be lost on held-out text.")
     ] = None,
     model: Model = "demo",
-    methods: Annotated[str, typer.Option(help="To choose from, by commas.")] = "wina-plus",
+    methods: Annotated[
+        str, typer.Option(help="To choose from, by commas, each with settings of its own.")
+    ] = "wina-plus,wina-plus/head=sparse",
     widths: Annotated[
         str,
         typer.Option(help="To choose from, by commas: loaded (as it is), int8, int4, int4+int4."),
@@ -365,6 +374,7 @@ def generate(
     json_output: Json = False,
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
+    head: Head = "dense",
     head_dtype: HeadDtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -377,7 +387,8 @@ def generate(
     from wina.decoding.command import Request, run
 
     request = Request(
-        prompt, model, plan, method, sparsity, dtype, weight_dtype, head_dtype, trust_remote_code,
+        prompt, model, plan, method, sparsity, dtype, weight_dtype, head, head_dtype,
+        trust_remote_code,
         stream and not json_output, json_output, seed,
         {
             "max_new_tokens": max_new_tokens,

@@ -38,11 +38,18 @@ WeightDtype = Annotated[
         "default: as loaded."
     ),
 ]
+Head = Annotated[
+    str,
+    typer.Option(
+        help="sparse makes the language-model head one of the projections: it gets a share of the "
+        "sparsity, and their width."
+    ),
+]
 HeadDtype = Annotated[
     str,
     typer.Option(
-        help="How decoding reads the language-model head: model (as it is), int8, int4, or auto: "
-        "int8 where the projections are integers."
+        help="How decoding reads a dense language-model head: model (as it is), int8, int4, or "
+        "auto: int8 where the projections are integers."
     ),
 ]
 CountAs = Annotated[

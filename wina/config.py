@@ -22,6 +22,8 @@ from wina.selectors import SELECTORS, Selector
 
 MASKS = ("projection", "group")
 STATISTICS = ("sequential", "dense")
+HEADS = ("dense", "sparse")
+_LATER = (("head", "dense"),)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class SparsityConfig:
             Statistics and thresholds are those of the rounded weights.
         rounding: overrides the width's: how integers are found, ``"nearest"`` (int8's and
             int4+int4's) or ``"gptq"`` (int4's), which looks at the calibration text as well.
+        head: ``"sparse"`` makes the language-model head one of the projections: it gets a share of
+            the budget, and the weights' width. ``"dense"`` leaves it as it is.
         rotation: overrides the method's: what :func:`wina.rotate` must have done to the model, or
             ``"none"``, which asks for nothing.
     """
@@ -75,6 +79,7 @@ class SparsityConfig:
     weight_dtype: str | None = None
     rounding: str | None = None
     rotation: str | None = None
+    head: str = "dense"
 
     def __post_init__(self) -> None:
         method = METHODS[self.method]
@@ -117,8 +122,9 @@ class SparsityConfig:
             )
         if method.gate_mask and self.mask != "projection":
             raise ConfigError(f"method {self.method!r} has masks of its own: mask='projection'")
+        _check_choice("head", self.head, HEADS)
         self._check_refinement()
-        self._check_planes()
+        self._check_whole()
         self.make_selector()
         self.make_prefill()
 
@@ -132,18 +138,28 @@ class SparsityConfig:
         """Of every weight: thresholds are [planes·K]."""
         return 1 if self.kept_as is None else self.kept_as.planes
 
-    def _check_planes(self) -> None:
-        """What looks at whole channels has no meaning for planes of them."""
-        if self.planes == 1:
-            return
-        wanted = {
-            "correction 'none'": self.make_correction().fit() is None,
-            f"refinement {NO_REFINEMENT!r}": self.refinement_spec == NO_REFINEMENT,
-            "a method without a gate's mask": not METHODS[self.method].gate_mask,
-        }
-        for what, holds in wanted.items():
-            if not holds:
-                raise ConfigError(f"weight_dtype {self.weight_dtype!r} needs {what}")
+    def _check_whole(self) -> None:
+        """What looks at whole channels of a block has no meaning for planes, or behind all blocks.
+
+        The head's own products are not computed while it is calibrated.
+        """
+        for what, here in (
+            (f"weight_dtype {self.weight_dtype!r}", self.planes > 1),
+            (f"head {self.head!r}", self.head == "sparse"),
+        ):
+            wanted = {
+                "correction 'none'": self.make_correction().fit() is None,
+                f"refinement {NO_REFINEMENT!r}": self.refinement_spec == NO_REFINEMENT,
+                "a method without a gate's mask": not METHODS[self.method].gate_mask,
+            }
+            for needed, holds in wanted.items():
+                if here and not holds:
+                    raise ConfigError(f"{what} needs {needed}")
+        if self.head == "sparse" and self.make_allocation().by_block:
+            raise ConfigError(
+                f"allocation {self.allocation_spec!r} looks at one block at a time, and the head "
+                "is in none: set head='dense', or another allocation"
+            )
 
     def _check_refinement(self) -> None:
         """Refined thresholds are those of each projection, and fixed: nothing else may use them."""
@@ -227,12 +243,14 @@ class SparsityConfig:
         return asdict(self)
 
     def record(self) -> dict[str, Any]:
-        """:meth:`to_dict` for what is kept, with a selector that weighs tokens by its name.
+        """:meth:`to_dict` for what is kept and compared.
 
-        It may be the method's, which had another before: nothing of then is taken for the same.
+        A selector that weighs tokens is named: it may be the method's, which had another before,
+        and nothing of then is taken for the same.
         """
         named = {"selector": self.selector_spec} if self.make_selector().weighs_tokens else {}
-        return {**self.to_dict(), **named}
+        # Fields that came later are left out where they say what was so before them.
+        return {**{k: v for k, v in self.to_dict().items() if (k, v) not in _LATER}, **named}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SparsityConfig:

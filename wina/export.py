@@ -135,6 +135,7 @@ def model_card(
         "calibration": f"{plan.calibration.get('tokens')} tokens, text "
         f"{plan.calibration.get('text')}",
         "prefill": config.prefill,
+        "language-model head": "one of the projections" if config.head == "sparse" else "dense",
         "weights": str(dtype).removeprefix("torch.")
         if config.weight_dtype is None
         else f"in {config.weight_dtype} once loaded, rounded by {config.rounding_spec}",

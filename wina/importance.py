@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from wina.allocation.gradients import Watch, differentiate
-from wina.offload import weight_of
 from wina.projections import Projection, linear_of
 
 
@@ -19,10 +18,9 @@ class _Energy(Watch):
         super().__init__(module)
         self.windows: list[Tensor] = []
 
-    def see(self, x: Tensor, gradient: Tensor) -> None:
+    def see(self, gradient: Tensor) -> None:
         """Add those of a window."""
-        at_input = gradient.flatten(0, -2) @ weight_of(self.module)
-        self.windows.append(at_input.float().square().sum(-1).cpu())
+        self.windows.append(gradient.flatten(0, -2).float().square().sum(-1).cpu())
 
 
 class TokenImportance:

@@ -23,7 +23,7 @@ from wina.mlp import SparseGatedMLP, recognise_gated_mlp
 from wina.plan import SparsityPlan
 from wina.prefill import Prefill
 from wina.progress import progress
-from wina.projections import architecture_of, group_members, why_dense
+from wina.projections import architecture_of, group_members, head_name, why_dense
 from wina.quantized_linear import QuantizedSparseLinear
 from wina.sparse_experts import SparseExperts
 
@@ -104,7 +104,8 @@ class Replaced(NamedTuple):
 class Patch:
     """What was done to a model, in the order in which it was done.
 
-    ``attributes`` are names that were set on the model itself, hiding those of its class.
+    ``attributes`` are names that were set on the model itself, hiding those of its class; ``tied``
+    are weights, by the projection's name, that stay in the model as its embedding.
     """
 
     plan: SparsityPlan
@@ -114,6 +115,7 @@ class Patch:
     layout: Layout = field(default_factory=Layout)
     attributes: list[str] = field(default_factory=list)
     hooks: list[RemovableHandle] = field(default_factory=list)
+    tied: dict[str, nn.Parameter] = field(default_factory=dict)
     dropped: bool = False
 
     def drop_originals(self) -> None:
@@ -161,7 +163,8 @@ def apply_plan(
     """Replace the projections and gated MLPs that a plan names.
 
     Weights are laid K-major one at a time inside their own storage: peak memory is the model and
-    one weight. If anything goes wrong (or is interrupted) the model is dense and whole again.
+    one weight. A head that is tied to the embedding gets a copy. If anything goes wrong (or is
+    interrupted) the model is dense and whole again.
 
     Args:
         model: the dense model that the plan was made for.
@@ -191,7 +194,8 @@ def apply_plan(
         if reason is not None:
             raise UnsupportedModelError(f"{name} {reason}")
     plan.check(model)
-    _check_weights(model, plan)
+    tied = _tied_head(model)
+    _check_weights(model, plan, tied)
     config = plan.config
     gate_mask = METHODS[config.method].gate_mask
     if gate_mask and backend != "reference":
@@ -228,6 +232,9 @@ def apply_plan(
                 parent = model.get_submodule(parent_name)
                 original = parent._modules[leaf]
                 assert isinstance(original, nn.Linear)
+                if name == tied:
+                    assert isinstance(original.weight, nn.Parameter)
+                    patch.tied[name] = original.weight
                 settings = (
                     original, name, layer.threshold, layer.sparsity,
                     config.make_selector(), patch.control,
@@ -301,9 +308,14 @@ def _lay(patch: Patch, sparse: SparseLinear) -> None:
     """Lay a float weight as the module's backend reads it."""
     weight = sparse.weight
     assert isinstance(weight, nn.Parameter)
-    if sparse.choice.backend.k_major:
-        patch.transposed.append(weight)
-        patch.layout.to_k_major(weight)
+    if not sparse.choice.backend.k_major:
+        return
+    if sparse.name in patch.tied:
+        rows = weight.detach().t().clone(memory_format=torch.contiguous_format)
+        sparse.weight = nn.Parameter(rows.t(), weight.requires_grad)
+        return
+    patch.transposed.append(weight)
+    patch.layout.to_k_major(weight)
 
 
 def _replace(
@@ -388,11 +400,23 @@ def padded_batch(
         control.padded = before
 
 
-def _check_weights(model: nn.Module, plan: SparsityPlan) -> None:
+def _tied_head(model: nn.Module) -> str | None:
+    """The name of a language-model head that reads the embedding's weight."""
+    name = head_name(model)
+    if name is None:
+        return None
+    weight = getattr(model.get_submodule(name), "weight", None)
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    return name if weight is getattr(embedding, "weight", None) else None
+
+
+def _check_weights(model: nn.Module, plan: SparsityPlan, tied: str | None) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter.data_ptr(), []).append(name)
-    weights = {f"{name}.weight": model.get_submodule(name).weight for name in plan.layers}
+    weights = {
+        f"{name}.weight": model.get_submodule(name).weight for name in plan.layers if name != tied
+    }
     weights |= {name: model.get_parameter(name) for name in plan.experts}
     for name, weight in weights.items():
         assert isinstance(weight, Tensor)

@@ -101,17 +101,21 @@ def in_planes(
     def repeat(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         return (repeated(arguments[0], planes), *arguments[1:])
 
-    def put_back(module: nn.Linear, weight: Tensor) -> None:
-        module.weight.data = weight
+    def put_back(module: nn.Linear, weight: nn.Parameter) -> None:
+        module.weight = weight
         module.in_features = weight.shape[1]
 
     weights = {}
     with ExitStack() as stack:
         for name, module in modules.items():
             weights[name] = module.weight.data
-            stack.callback(put_back, module, weights[name])
+            own = module.weight
+            assert isinstance(own, nn.Parameter)
+            stack.callback(put_back, module, own)
             stack.callback(module.register_forward_pre_hook(repeat).remove)
             rounded = rounding.round(weights[name], None, kind.name)
-            module.weight.data = rounded.dequantize().t().to(weights[name])
+            # A parameter of its own: the head's may be the embedding's as well.
+            floats = rounded.dequantize().t().to(weights[name])
+            module.weight = nn.Parameter(floats, requires_grad=False)
             module.in_features *= planes
         yield weights

@@ -181,6 +181,54 @@ def find_projections(model: nn.Module, offloaded: bool = False) -> list[Projecti
     ]
 
 
+def head_name(model: nn.Module) -> str | None:
+    """The name of the language-model head, None for a model without one."""
+    get: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = get()
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def find_head(model: nn.Module) -> Projection:
+    """The language-model head as a projection: the last one, behind all blocks.
+
+    Sends two tokens through the model. Changes nothing.
+
+    Raises:
+        UnsupportedModelError: there is no head, it cannot become sparse, or it reads something
+            other than the decoder's output.
+    """
+    name = head_name(model)
+    if name is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head: set head='dense'"
+        )
+    module = model.get_submodule(name)
+    reason = why_dense(name, module, architecture_of(model))
+    if reason is None and not is_linear(module, architecture_of(model)):
+        reason = f"is a {type(module).__name__}"
+    if reason is not None:
+        raise UnsupportedModelError(f"the language-model head {name} {reason}: set head='dense'")
+    read: list[Tensor] = []
+    seen: list[Tensor] = []
+
+    def out(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append(output[0])
+
+    with ExitStack() as stack:
+        stack.callback(decoder_of(model).register_forward_hook(out).remove)
+        stack.enter_context(_pre_hooks({name: module}, lambda _: lambda _, x: read.append(x[0])))
+        _run_two_tokens(model, model)
+    # NaN is equal to itself here: random weights may give it.
+    if len(read) != 1 or not torch.equal(read[0].nan_to_num(), seen[0].nan_to_num()):
+        raise UnsupportedModelError(
+            f"{name} reads something other than the decoder's output: set head='dense'"
+        )
+    assert isinstance(module, nn.Linear)
+    count = len(decoder_blocks(model))
+    group = f"[{name}]"
+    return Projection(name, count, group, module.in_features, module.out_features)
+
+
 def linear_of(model: nn.Module, name: str) -> nn.Linear:
     """The module of a projection."""
     module = model.get_submodule(name)
@@ -327,11 +375,12 @@ def _pre_hooks(modules: Mapping[str, nn.Module], hook: Callable[[str], Any]) -> 
         yield
 
 
-def _run_two_tokens(model: nn.Module) -> None:
-    decoder = decoder_of(model)
-    device = device_of(decoder)
+def _run_two_tokens(model: nn.Module, whole: nn.Module | None = None) -> None:
+    """Through the decoder, or through ``whole``."""
+    runs = decoder_of(model) if whole is None else whole
+    device = device_of(runs)
     with torch.no_grad():
-        decoder(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
+        runs(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
 
 
 def _group_by_input(inputs: dict[str, tuple[Tensor, int]]) -> dict[str, str]:

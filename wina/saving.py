@@ -107,6 +107,8 @@ def _float_state_dict(model: nn.Module, patch: Patch) -> dict[str, Tensor]:
             weights[key] = value
         elif leaf == "packed":
             weights[f"{name}.weight"] = originals.get(module, module.weight).detach()
+    for name, weight in patch.tied.items():  # the embedding's, which is written once
+        weights[f"{name}.weight"] = weight.detach()
     return weights
 
 
@@ -122,7 +124,9 @@ def _plan_of(model: nn.Module, patch: Patch, weights: dict[str, Tensor]) -> Spar
     if patch.dropped and plan.config.planes > 1:
         # The sum of planes, rounded again, would give others.
         for module in model.modules():
-            if isinstance(module, QuantizedSparseLinear) and module.name in layers:
+            if not isinstance(module, QuantizedSparseLinear) or module.name in patch.tied:
+                continue
+            if module.name in layers:
                 layers[module.name] = replace(layers[module.name], weight=module.quantized.cpu())
     experts = {
         name: replace(layer, sample=experts_sample(weights[name])) if name in weights else layer

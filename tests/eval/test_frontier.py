@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import config
 from torch import nn
 from typer.testing import CliRunner
 
 from wina.bench.structure import structure_of
 from wina.cli import app
+from wina.config import HEADS
+from wina.decoding.head import rounded_head
 from wina.errors import ConfigError, WinaError
 from wina.eval import recommend
-from wina.eval.ablation import Levels, effects, rows_of_ablation, settings_of
+from wina.eval.ablation import Levels, effects, levels_of, rows_of_ablation
 from wina.eval.costs import TokenCosts
 from wina.eval.frontier import frontier_columns, rows_of_frontier
 from wina.eval.recommend import Adviser
@@ -47,6 +50,7 @@ def cell(method: str, sparsity: float, nats: float, **more: Any) -> dict[str, An
         "method": method, "sparsity": sparsity, "task": "perplexity:a", "extra_bytes": 0,
         "metrics": {"nats": {"value": nats}},
         "realised": {"overall": sparsity, "projections": {"p": sparsity}} if sparsity else None,
+        "identity": {},
         **more,
     }  # fmt: skip
 
@@ -63,7 +67,7 @@ def test_ablation_command(folder: Path, tmp_path: Path) -> None:
     # One measurement for each criterion and rotation.
     assert len(list((tmp_path / "measurements").iterdir())) == 4
     rotated = [row for row in found["rows"] if row["rotation"] == "orthogonal"]
-    weights = sum(p.weights for p in TokenCosts(tiny_model("llama")).projections)
+    weights = sum(p.weights for p in TokenCosts(tiny_model("llama")).projections(None))
     assert all(row["extra"] == pytest.approx(2 * 2 * 64**2 / weights) for row in rotated)
     assert all(row["extra"] == 0 for row in found["rows"] if row not in rotated)
     for row in found["rows"]:
@@ -81,7 +85,7 @@ def test_effects_compare_with_all_else_equal() -> None:
     losses = {"magnitude": 1.0, "l2-norm": 0.5}
     cells = [cell("dense", 0.0, 2.0)]
     for label in levels.labels():
-        settings = settings_of(label)
+        settings = levels_of(label)
         factor = 0.1 if settings["allocation"] == "fisher" else 1.0
         cells.append(cell(label, 0.5, 2.0 + losses[settings["criterion"]] * factor))
     rows = rows_of_ablation(cells, 100.0)
@@ -94,9 +98,17 @@ def test_effects_compare_with_all_else_equal() -> None:
 def test_frontier_command(folder: Path, tmp_path: Path) -> None:
     found = run(
         "eval", "frontier", "-m", str(folder), "-o", str(tmp_path), "--sparsities", "0.5",
-        "--methods", "wina", "--tokens", "128", "--window", "64", "--set", SETTINGS,
+        "--methods", "wina,wina/head=sparse", "--tokens", "128", "--window", "64",
+        "--set", SETTINGS,
     )  # fmt: skip
-    rows = {(row["width"], row["sparsity"]): row for row in found["rows"]}
+    rows = {
+        (row["width"], row["sparsity"]): row
+        for row in found["rows"]
+        if row["method"] != "wina/head=sparse"
+    }
+    for row in found["rows"]:
+        if row["method"] == "wina/head=sparse":
+            assert row["bytes"] < rows[row["width"], 0.5]["bytes"]
     widths = ("loaded", "int8", "int4", "int4+int4")
     assert set(rows) == {(w, s) for w in widths for s in (0.0, 0.5)}
     for width in widths:
@@ -105,7 +117,7 @@ def test_frontier_command(folder: Path, tmp_path: Path) -> None:
     assert rows["loaded", 0.0]["share"] == 1.0
     assert rows["loaded", 0.0]["bits"] == 16.0  # counted as bfloat16
     assert rows["int4+int4", 0.0]["bits"] == 2 * rows["int4", 0.0]["bits"] > 8.0
-    assert {row["method"] for row in found["rows"]} == {"dense", "wina"}
+    assert {row["method"] for row in found["rows"]} == {"dense", "wina", "wina/head=sparse"}
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
     best = [row["width"] for row in found["rows"] if row["best"]]
     assert (tmp_path / "frontier.md").read_text().count("\n| **") == len(best) > 0
@@ -113,10 +125,13 @@ def test_frontier_command(folder: Path, tmp_path: Path) -> None:
 
 def test_rows_that_another_beats_in_both_are_not_best() -> None:
     costs = TokenCosts(tiny_model("llama"))
-    name = costs.projections[0].name
+    name = costs.projections(None)[0].name
 
     def row(method: str, nats: float, share: float) -> dict[str, Any]:
-        realised = {"overall": share, "projections": {p.name: share for p in costs.projections}}
+        realised = {
+            "overall": share,
+            "projections": {p.name: share for p in costs.projections(None)},
+        }
         return cell(method, 0.5, nats, realised=realised)
 
     cells = [cell("dense", 0.0, 2.0), row("teal", 2.5, 0.4), row("wina", 2.4, 0.5)]
@@ -134,33 +149,44 @@ def test_dense_bytes_are_those_of_the_structure(name: str) -> None:
     assert TokenCosts(model).dense.total == sum(w.read * w.itemsize for w in structure.weights)
     halved = TokenCosts(model, itemsize=2)
     assert halved.dense.total == TokenCosts(model).dense.total / 2
-    half = dict.fromkeys((p.name for p in halved.projections), 0.5)
+    half = dict.fromkeys((p.name for p in halved.projections(None)), 0.5)
     read = halved.at(half, None, extra=400.0)
     assert read.projections == halved.dense.projections / 2
     assert read.extra == 200.0  # the float32 model's, counted with two bytes
-    assert read.thresholds == 4 * sum(p.in_features for p in halved.projections)
+    assert read.thresholds == 4 * sum(p.in_features for p in halved.projections(None))
 
 
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("width", [None, *WEIGHT_DTYPES])
-def test_rounded_rows_are_as_long_as_in_memory(width: str | None) -> None:
+def test_rows_are_as_long_as_in_memory(width: str | None, head: str) -> None:
     model = tiny_model("llama")
     costs = TokenCosts(model)
+    found = config(weight_dtype=width, head=head)
     held = 0
-    for projection in costs.projections:
+    for projection in costs.projections(found):
         weight: Any = model.get_submodule(projection.name).weight
         if width is None:
             held += weight.nbytes
         else:
             held += Nearest().round(weight, None, width).bytes
-    assert costs.at({}, width).projections == held
+    read = costs.at({}, found)
+    assert read.projections == held
+    if head == "sparse":
+        assert read.weights == costs.dense.weights + 258 * 64
+        assert read.rest == costs.dense.rest - 258 * 64 * 4
+    else:  # as `wina.decode` reads it
+        rounded = rounded_head(model, "int8").bytes if width else 258 * 64 * 4
+        assert read.rest == costs.dense.rest - 258 * 64 * 4 + rounded
 
 
 def test_a_budget_gives_the_sparsity_that_meets_it() -> None:
     costs = TokenCosts(tiny_model("llama"))
     for width in (None, "int8"):
-        sparsity = costs.sparsity_for(0.45, width)
-        realised = dict.fromkeys((p.name for p in costs.projections), sparsity)
-        assert costs.share(costs.at(realised, width)) == pytest.approx(0.45)
+        for head in HEADS:
+            found = config(weight_dtype=width, head=head)
+            sparsity = costs.sparsity_for(0.45, found)
+            realised = dict.fromkeys((p.name for p in costs.projections(found)), sparsity)
+            assert costs.share(costs.at(realised, found)) == pytest.approx(0.45)
 
 
 def adviser(model: nn.Module) -> Adviser:
@@ -194,10 +220,10 @@ def test_a_bound_on_the_loss_takes_the_fewest_bytes(monkeypatch: pytest.MonkeyPa
 
 def test_recommend_command(folder: Path) -> None:
     found = run(
-        "recommend", "-m", str(folder), "--bytes", "0.5", "--methods", "teal", "--widths",
-        "loaded", "--tokens", "512",
+        "recommend", "-m", str(folder), "--bytes", "0.5", "--methods", "teal/head=sparse",
+        "--widths", "loaded", "--tokens", "512",
     )  # fmt: skip
-    assert found["settings"]["method"] == "teal"
+    assert (found["settings"]["method"], found["settings"]["head"]) == ("teal", "sparse")
     assert found["expected"]["share"] == pytest.approx(0.5, abs=0.02)
     answer = CliRunner().invoke(app, ["recommend", "-m", str(folder)])
     assert "one of --bytes and --max-loss" in str(answer.exception)

@@ -116,9 +116,14 @@ class Allocation(ABC):
 
     The parameters of a policy are keyword arguments of its ``__init__``; a spec such as
     ``"fisher:rounds=2"`` hands them over as floats.
+
+    Attributes:
+        needs: what it has to run.
+        by_block: whether it looks at one decoder block at a time, so that it cannot see the head.
     """
 
     needs: Needs = Needs.NOTHING
+    by_block = False
 
     @abstractmethod
     def allocate(self, problem: Problem) -> Mapping[str, float]:

@@ -26,6 +26,7 @@ class BlockError(Allocation):
     """
 
     needs = Needs.ACTIVATIONS
+    by_block = True
 
     def __init__(self, most: float = 0.95, step: float = 0.1, tokens: float = 1024) -> None:
         self.most = share("most", most)

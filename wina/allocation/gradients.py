@@ -1,8 +1,9 @@
-"""What dropping channels does to the loss, from gradients at the projections' outputs.
+"""What dropping channels does to the loss, from gradients at the projections' inputs.
 
 Dropping the channels D of a projection changes its output by δy = −Σ_{j∈D} W_:,j·x_j and the loss
-by gᵀδy = −Σ_{j∈D} (gᵀW_:,j)·x_j to first order, g = ∂loss/∂y. One backward pass gives these sums
-for every projection and every sparsity on a grid.
+by gᵀδy = −Σ_{j∈D} (gᵀW_:,j)·x_j to first order, g = ∂loss/∂y. The factor gᵀW_:,j is the gradient of
+x_j by way of this projection, so one backward pass gives these sums for every projection and every
+sparsity on a grid.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wina.allocation.base import Problem
-from wina.offload import device_of, recomputed, weight_of
+from wina.offload import device_of, recomputed
 from wina.prefill import Prefill
 from wina.progress import progress
 from wina.projections import Projection, decoder_blocks, linear_of
@@ -176,35 +177,30 @@ def _attached(model: nn.Module, watched: Sequence[Watch]) -> Iterator[None]:
     with ExitStack() as stack:
         for watch in watched:
             stack.callback(watch.module.register_forward_pre_hook(watch.before).remove)
-            stack.callback(watch.module.register_forward_hook(watch.after).remove)
         yield
 
 
 class Watch(ABC):
-    """Sees one projection: its input on the way forward, the gradient on the way back."""
+    """Sees one projection: its input on the way forward, the gradient there on the way back."""
 
     def __init__(self, module: nn.Linear) -> None:
         self.module = module
-        self.x: Tensor | None = None
 
-    def before(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Remember x."""
-        self.x = arguments[0].detach()
-        return None
+    def before(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Ask for the gradient of what the projection reads."""
+        x = self.taken(arguments[0])
+        # A node of its own: where projections read one hidden state, each has its part of it.
+        own = x.view_as(x)
+        own.register_hook(self.see)
+        return (own, *arguments[1:])
 
-    def after(self, _: nn.Module, __: Any, y: Tensor) -> None:
-        """Ask for the gradient of the output."""
-        y.register_hook(self._gradient)
-
-    @torch.no_grad()
-    def _gradient(self, gradient: Tensor) -> None:
-        assert self.x is not None
-        self.see(self.x, gradient)
-        self.x = None
+    def taken(self, x: Tensor) -> Tensor:
+        """What the projection reads in place of its input [..., S, K]."""
+        return x
 
     @abstractmethod
-    def see(self, x: Tensor, gradient: Tensor) -> None:
-        """Take notice of an input [..., S, K] and of ∂loss/∂output [..., S, N]."""
+    def see(self, gradient: Tensor) -> None:
+        """Take notice of Wᵀ·∂loss/∂output [..., S, K]: ∂loss/∂x by way of this projection."""
 
 
 class _Changes(Watch):
@@ -223,26 +219,27 @@ class _Changes(Watch):
         self.found = found
         self.sparsity = point.sparsities[projection.name] if point else 0.0
         self.threshold = point.thresholds[projection.name] if point else None
+        self.x: Tensor | None = None
 
-    def before(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Remember x; mask it at the operating point."""
-        super().before(_, arguments)
+    def taken(self, x: Tensor) -> Tensor:
+        """x, masked at the operating point."""
+        self.x = x.detach()
         if self.threshold is None:
-            return None
-        x = arguments[0]
+            return x
         start = self.prefill.start(x.shape[-2])
         tokens = x[..., start:, :]
         with torch.no_grad():
             keep = self.scores.keep(tokens, self.threshold, self.sparsity)
         masked = torch.where(keep, tokens, 0.0)
-        return (torch.cat([x[..., :start, :], masked], dim=-2), *arguments[1:])
+        return torch.cat([x[..., :start, :], masked], dim=-2)
 
-    def see(self, x: Tensor, gradient: Tensor) -> None:
+    def see(self, gradient: Tensor) -> None:
         """Count gᵀδy of the tokens that are sparse."""
-        start = self.prefill.start(x.shape[-2])
-        x = x[..., start:, :].flatten(0, -2)
-        g = gradient[..., start:, :].flatten(0, -2)
-        contributions = x.float() * (g @ weight_of(self.module)).float()
+        assert self.x is not None
+        start = self.prefill.start(self.x.shape[-2])
+        x = self.x[..., start:, :].flatten(0, -2)
+        self.x = None
+        contributions = x.float() * gradient[..., start:, :].flatten(0, -2).float()
         levels = self.scores.levels(x, self.found.grid)
         at_level = contributions.new_zeros(len(x), len(self.found.grid) + 1)
         at_level.scatter_add_(1, levels, contributions)

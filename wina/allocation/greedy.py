@@ -32,6 +32,7 @@ class Greedy(Allocation):
     """
 
     needs = Needs.ACTIVATIONS
+    by_block = True
 
     def __init__(self, step: float = 0.05, tokens: float = 256, most: float = 0.95) -> None:
         self.step = share("step", step)

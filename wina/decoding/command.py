@@ -37,6 +37,7 @@ class Request:
     sparsity: float
     dtype: str
     weight_dtype: str | None
+    head: str
     head_dtype: str
     trust: bool
     stream: bool
@@ -65,6 +66,7 @@ def run(request: Request) -> Decoded:
                 method=request.method,
                 sparsity=request.sparsity,
                 weight_dtype=request.weight_dtype,
+                head=request.head,
             )
         )
         rotation = plan.rotation if isinstance(plan, SparsityPlan) else plan.rotation_spec

@@ -102,7 +102,7 @@ class _Writer:
     def write(self) -> Program:
         embedding = self.model.get_input_embeddings()
         head = self.model.get_output_embeddings()
-        if head is None or not isinstance(head, nn.Linear) or isinstance(head, SparseLinear):
+        if head is None or not isinstance(head, nn.Linear):
             raise UnrecognisedError("the language-model head is no nn.Linear")
         self.program.emit("embed", "x", embedding.weight.detach(), self.seen.embedding_scale)
         for index, layer in enumerate(self.decoder.layers):

@@ -177,6 +177,7 @@ def _refuse_unserved(plan: SparsityPlan) -> None:
         ("correction", config.correction_spec, "none"),
         ("rotation", plan.rotation, NO_ROTATION),
         ("weight_dtype", config.weight_dtype, None),
+        ("head", config.head, "dense"),
         ("method", config.method if METHODS[config.method].gate_mask else None, None),
     ):
         if found != served:
