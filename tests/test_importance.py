@@ -71,7 +71,7 @@ def test_the_probe_is_the_ridge_regression(tokens: int, channels: int) -> None:
     x, _, importance = weighed(4, tokens, channels)
     x = x + torch.randn(4, 1, channels)  # windows differ
     selector = Importance(strength=0.4, ridge=0.2, steadiness=3)
-    probe = selector.fit(x, importance)
+    (probe,) = selector.fit(x, importance[None])
     assert probe is not None
     assert probe.shape == (channels + 1,)
     wide = x.double()
@@ -90,7 +90,7 @@ def test_the_probe_is_the_ridge_regression(tokens: int, channels: int) -> None:
 def test_important_tokens_keep_more() -> None:
     x, direction, importance = weighed(2, 2000, 24)
     selector = Importance(ridge=1e-6, steadiness=0)
-    probe = selector.fit(x, importance)
+    (probe,) = selector.fit(x, importance[None])
     scale = selector.scale(x, torch.ones(24), 0.5, probe)
     assert scale is not None
     told = -0.25 * (x - x.mean((0, 1))) @ direction
@@ -106,7 +106,7 @@ def test_a_steady_probe_does_not_tell_texts_apart() -> None:
     importance = (x @ direction).exp()
     spread = {}
     for steadiness in (0, 1000):
-        probe = Importance(steadiness=steadiness).fit(x, importance)
+        (probe,) = Importance(steadiness=steadiness).fit(x, importance[None])
         assert probe is not None
         said = (x @ probe[:-1]).mean(1)
         spread[steadiness] = float(said.std() / (x @ probe[:-1] - said[:, None]).std())
@@ -116,7 +116,7 @@ def test_a_steady_probe_does_not_tell_texts_apart() -> None:
 def test_constant_channels_say_nothing() -> None:
     x, _, importance = weighed(2, 250, 6)
     x[..., 2] = 7.0
-    probe = Importance().fit(x, importance)
+    (probe,) = Importance().fit(x, importance[None])
     assert probe is not None
     assert probe[2] == 0.0
     assert probe.isfinite().all()
@@ -127,7 +127,7 @@ def test_nan_on_the_calibration_text_is_an_error(where: str) -> None:
     x, _, importance = weighed(2, 25, 6)
     (x if where == "x" else importance)[1, 3] = torch.nan
     with pytest.raises(CalibrationError, match="NaN"):
-        Importance().fit(x, importance)
+        Importance().fit(x, importance[None])
 
 
 def test_a_nan_keeps_the_token_whole() -> None:
@@ -272,10 +272,10 @@ def test_what_was_measured_serves_all_sparsities(
 
 def test_wide_projections_are_fitted_on_some_of_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     x, _, importance = weighed(4, 16, 40)
-    whole = Importance().fit(x, importance)
+    (whole,) = Importance().fit(x, importance[None])
     monkeypatch.setattr("wina.selectors.importance._MOST", 32)
-    some = Importance().fit(x, importance)
-    want = Importance().fit(x[[0, 3]], importance[[0, 3]])
+    (some,) = Importance().fit(x, importance[None])
+    (want,) = Importance().fit(x[[0, 3]], importance[None, [0, 3]])
     assert some is not None
     assert want is not None
     assert not torch.equal(some, whole)
@@ -320,3 +320,32 @@ def test_plans_name_the_selector_that_weighs_tokens(llama: nn.Module, tmp_path: 
         for leaf in ("threshold", "sample")
     }
     assert SparsityPlan._parse(document, tensors).config.selector_spec == "threshold"
+
+
+def test_projections_that_read_one_hidden_state_share_the_regression() -> None:
+    x, _, importance = weighed(4, 300, 24)
+    both = torch.stack([importance, torch.zeros_like(importance), importance.square()])
+    found = Importance().fit(x, both)
+    assert found[1] is None
+    for index in (0, 2):
+        (alone,) = Importance().fit(x, both[index : index + 1])
+        torch.testing.assert_close(found[index], alone, rtol=1e-4, atol=1e-6)
+
+
+def test_calibration_fits_once_for_a_group(
+    llama: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    right = Importance.fit
+
+    def fit(self: Importance, x: Tensor, importance: Tensor) -> list[Tensor | None]:
+        counts.append(len(importance))
+        return right(self, x, importance)
+
+    monkeypatch.setattr(Importance, "fit", fit)
+    plan = plan_for(llama, selector="importance")
+    assert counts == [3, 1, 2, 1] * 2
+    q, k = (plan.layers[f"model.layers.0.self_attn.{name}_proj"].probe for name in "qk")
+    assert q is not None
+    assert k is not None
+    assert not torch.equal(q, k)

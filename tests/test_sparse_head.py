@@ -184,7 +184,7 @@ def test_what_needs_the_heads_product_is_refused(settings: dict[str, Any]) -> No
 
 
 def test_policies_of_blocks_are_refused() -> None:
-    of_blocks = {name for name, policy in ALLOCATIONS.items() if policy.by_block}
+    of_blocks = {name for name in ALLOCATIONS if ALLOCATIONS[name].by_block}
     assert of_blocks == {"greedy", "block-error", "growing"}
     for name in of_blocks:
         with pytest.raises(ConfigError, match="the head is in none"):

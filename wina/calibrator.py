@@ -35,7 +35,7 @@ from wina.plan import ProjectionPlan, weight_sample
 from wina.planes import moments_of_planes
 from wina.prefill import Prefill
 from wina.progress import Advance, progress
-from wina.projections import Projection, decoder_of, head_name, linear_of
+from wina.projections import Projection, decoder_of, group_members, head_name, linear_of
 from wina.scores import ChannelScores
 from wina.statistics import ScoreHistogram
 
@@ -67,7 +67,8 @@ class Calibrator:
         for projection in projections:
             name = projection.name
             module = linear_of(model, name)
-            weighed = None if importance is None else importance.get(name)
+            drops = importance is not None and sparsities[name] > 0.0
+            weighed = importance.get(name) if importance is not None and drops else None
             self.layers[name] = Layer(
                 projection, module, scores[name], sparsities[name], config, weighed,
                 (weights or {}).get(name),
@@ -75,6 +76,10 @@ class Calibrator:
             if measurements is not None:
                 about = {"rounded": name, "config": config.record(), "sparsities": shares}
                 self.layers[name].kept = partial(measurements.tensors, about)
+        for members in group_members([layer.projection for layer in self.layers.values()]).values():
+            readers = [self.layers[member.name] for member in members]
+            for reader in readers:
+                reader.readers = readers
         self.gates = self._gates(model) if METHODS[config.method].gate_mask else []
         head = self.layers.get(head_name(model) or "")
         self.head = None if head is None else head.module
@@ -204,7 +209,8 @@ class Layer:
         self.original: nn.Parameter | None = None
         self.histogram = ScoreHistogram()
         self.threshold: Tensor | None = None
-        self.importance = importance  # of the calibration tokens, [windows, S]
+        self.importance = importance  # of the calibration tokens, [windows, S], until it is used
+        self.readers = [self]  # all that read its hidden state
         self.probe: Tensor | None = None
         self.cutoff = 0.0
         self.dropped = 0
@@ -279,8 +285,8 @@ class Layer:
         if self.center is not None:
             tokens = tokens - self.center.to(tokens.dtype)
         try:
-            if self.importance is not None and self.threshold is None and self.sparsity > 0.0:
-                self.probe = self._fitted_probe(x)
+            if self.importance is not None:
+                self._fit_probes(x)
             self.scores.count(self.histogram, tokens, self.sparsity, self.probe)
         except CalibrationError as error:
             raise CalibrationError(f"{self.projection.name}: {error}") from None
@@ -295,22 +301,29 @@ class Layer:
             return x
         return torch.cat([x[..., :start, :], torch.where(keep, tokens, 0.0)], dim=-2)
 
-    def _fitted_probe(self, x: Tensor) -> Tensor | None:
-        """The selector's probe of inputs [B, S, K] or [B·S, K].
+    def _fit_probes(self, x: Tensor) -> None:
+        """Find the selector's probes of inputs [B, S, K] or [B·S, K] for all that read them.
 
-        None where a projection does not see all tokens, as routed experts do: there is nothing
-        then that tells which ones these are.
+        There are none where projections do not see all tokens, as routed experts do: there is
+        nothing then that tells which ones these are.
         """
         assert self.importance is not None
-        length = self.importance.shape[1]
+        readers = [layer for layer in self.readers if layer.importance is not None]
+        weighed = [layer.importance for layer in readers if layer.importance is not None]
+        importance = torch.stack(weighed)
+        for layer in readers:
+            layer.importance = None
+        length = importance.shape[2]
         windows, rest = divmod(x.shape[:-1].numel(), length)
-        if rest or windows > len(self.importance):
-            return None
+        if rest or windows > importance.shape[1]:
+            return
         start = self.prefill.start(length)
         tokens = x.reshape(windows, length, -1)[:, start:, : self.projection.in_features]
         if self.center is not None:
             tokens = tokens - self.center.to(tokens.dtype)
-        return self.scores.selector.fit(tokens, self.importance[:windows, start:])
+        probes = self.scores.selector.fit(tokens, importance[:, :windows, start:])
+        for layer, probe in zip(readers, probes, strict=True):
+            layer.probe = probe
 
     def correct(self, y: Tensor) -> Tensor:
         """Fit the correction to the products y [B, S, N] of masked inputs, and add it to them."""

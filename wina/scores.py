@@ -17,7 +17,7 @@ from wina.kernels.quantization import quantize
 from wina.kernels.reference import keep_mask
 from wina.planes import constants_of_planes, summed
 from wina.selectors import Selector
-from wina.statistics import ScoreHistogram
+from wina.statistics import ScoreHistogram, exceeded
 
 # Rows of an input whose scores are computed at a time.
 _ROWS = 1024
@@ -114,9 +114,13 @@ class ChannelScores:
         """
         histogram = ScoreHistogram()
         self.count(histogram, x, grid[-1])
+        cutoffs = [self.cutoff(histogram, sparsity) for sparsity in grid]
+        one = self.threshold(1.0)
+        scales = [self.selector.scale(x, one, sparsity) for sparsity in grid]
+        scores = x.abs().to(torch.float32) * self.constants
+        if all(scale is None for scale in scales):
+            return exceeded(scores, torch.tensor(cutoffs))
         cuts = torch.empty(len(x), len(grid), device=x.device)
-        for index, sparsity in enumerate(grid):
-            cutoff = self.cutoff(histogram, sparsity)
-            scale = self.selector.scale(x, self.threshold(1.0), sparsity)
+        for index, (cutoff, scale) in enumerate(zip(cutoffs, scales, strict=True)):
             cuts[:, index] = cutoff if scale is None else cutoff * scale
-        return torch.searchsorted(cuts, x.abs().to(torch.float32) * self.constants)
+        return torch.searchsorted(cuts, scores)

@@ -107,6 +107,33 @@ class ScoreHistogram:
         return low + (high - low) * ((wanted - below) / inside if inside else 0.0)
 
 
+def exceeded(scores: Tensor, cuts: Tensor) -> Tensor:
+    """How many cut-offs each score exceeds: what ``searchsorted`` says, many times faster.
+
+    A table tells it by the score's bin; only the cut-offs inside that bin are compared.
+
+    Args:
+        scores: any shape, float32, ≥ 0.
+        cuts: [n] float32, increasing; all scores exceed a negative one.
+
+    Returns:
+        int64 of the scores' shape.
+    """
+    bins = scores.contiguous().view(torch.int32).flatten() >> _SHIFT
+    positive = cuts[cuts >= 0.0].cpu()
+    of_cuts = positive.view(torch.int32).long() >> _SHIFT
+    below = torch.zeros(_BINS + 1, dtype=torch.int64)
+    below[1:] = torch.bincount(of_cuts, minlength=_BINS).cumsum(0)
+    found = (below[:-1] + (len(cuts) - len(positive))).to(scores.device).index_select(0, bins)
+    # Cut-offs that share a bin are compared one after the other.
+    rank = torch.arange(len(positive)) - below[of_cuts]
+    for number in range(int(rank.max()) + 1 if len(rank) else 0):
+        inside = torch.full((_BINS,), torch.inf)
+        inside[of_cuts[rank == number]] = positive[rank == number]
+        found += scores.flatten() > inside.to(scores.device).index_select(0, bins)
+    return found.view(scores.shape)
+
+
 def _bin(value: float) -> int:
     return int(torch.tensor(value, dtype=torch.float32).view(torch.int32)) >> _SHIFT
 

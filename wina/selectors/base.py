@@ -25,18 +25,18 @@ class Selector(ABC):
     of_x_alone: bool = False
     weighs_tokens: bool = False
 
-    def fit(self, x: Tensor, importance: Tensor) -> Tensor | None:
-        """What :meth:`scale` reads off a hidden state of one projection, None if nothing.
+    def fit(self, x: Tensor, importance: Tensor) -> list[Tensor | None]:
+        """What :meth:`scale` reads off a hidden state for each projection that reads it.
 
         Args:
-            x: its inputs on calibration text [windows, T, K].
-            importance: of these tokens [windows, T] float32, see
+            x: their inputs on calibration text [windows, T, K].
+            importance: of these tokens to P projections, [P, windows, T] float32, see
                 :class:`wina.importance.TokenImportance`.
 
         Returns:
-            A probe [K + 1] float32, its constant last.
+            For each a probe [K + 1] float32, its constant last; None if nothing.
         """
-        return None
+        return [None] * len(importance)
 
     @abstractmethod
     def scale(

@@ -24,7 +24,8 @@ class Importance(Selector):
     magnitude from token to token. Were it known, the best cut-off at a given number of bytes would
     be proportional to 1/|g|: that follows from equal cost per byte. It is not known while decoding,
     but the hidden state says much of it: the probe is a ridge regression of log |Wᵀg|² on the
-    input of the projection. Ours; it reads K + 1 numbers.
+    input of the projection. Ours; it reads K + 1 numbers. Projections that read the same hidden
+    state share the regression's matrix.
 
     What text a token is in must not move its cut-off, or texts unlike the calibration text would be
     read more or less than was asked. So the probe is fitted to differences within a window, and is
@@ -58,35 +59,41 @@ class Importance(Selector):
         self.ridge = ridge
         self.steadiness = steadiness
 
-    def fit(self, x: Tensor, importance: Tensor) -> Tensor | None:
-        """The probe [K + 1] float32; None where no token's errors cost anything."""
-        if not importance.any():  # a projection without influence
-            return None
+    def fit(self, x: Tensor, importance: Tensor) -> list[Tensor | None]:
+        """Probes [K + 1] float32; None where no token's errors cost anything."""
+        found: list[Tensor | None] = [None] * len(importance)
+        costs = [index for index, one in enumerate(importance) if one.any()]
+        if not costs:  # projections without influence
+            return found
+        importance = importance[costs]
         windows, tokens, channels = x.shape
         if channels > _MOST and windows * tokens > _MOST:
             count = max(1, _MOST // tokens)
             some = torch.linspace(0, windows - 1, count).round().to(torch.int64)
-            x, importance = x[some.to(x.device)], importance[some.to(importance.device)]
+            x, importance = x[some.to(x.device)], importance[:, some.to(importance.device)]
         mean = x.mean((0, 1), dtype=torch.float64)
         rows = x.float() - mean.float()
         spread = rows.square().mean((0, 1), dtype=torch.float64).sqrt()
         used = spread > 1e-9 * spread.max()
         rows *= torch.where(used, 1.0 / spread, 0.0).float()
-        target = (importance.to(x.device).double() / importance.double().mean() + _FLOOR).log()
+        weighed = importance.to(x.device, torch.float64)
+        target = (weighed / weighed.mean((1, 2), keepdim=True) + _FLOOR).log()
         if not (rows.isfinite().all() and target.isfinite().all()):
             raise CalibrationError("inputs or gradients on the calibration text have NaN or Inf")
         levels = rows.mean(1, keepdim=True)
         rows -= levels
         steady = levels[:, 0] * (self.steadiness * x.shape[1]) ** 0.5
+        wanted = (target - target.mean(2, keepdim=True)).flatten(1)
         slopes = _ridge(
             torch.cat([rows.flatten(0, 1), steady]),
-            torch.cat(
-                [(target - target.mean(1, keepdim=True)).flatten(), steady.new_zeros(len(x))]
-            ),
-            self.ridge * target.numel(),
-        )
+            torch.cat([wanted, wanted.new_zeros(len(wanted), len(steady))], 1).t(),
+            self.ridge * rows.shape[0] * rows.shape[1],
+        ).t()
         slopes = torch.where(used, slopes / spread, 0.0) * -self.strength
-        return torch.cat([slopes, -(slopes @ mean).view(1)]).float()
+        probes = torch.cat([slopes, -(slopes @ mean).unsqueeze(1)], 1).float()
+        for index, probe in zip(costs, probes, strict=True):
+            found[index] = probe.clone()
+        return found
 
     def scale(
         self, x: Tensor, threshold: Tensor, sparsity: float, probe: Tensor | None = None
@@ -101,7 +108,7 @@ class Importance(Selector):
 
 
 def _ridge(inputs: Tensor, target: Tensor, penalty: float) -> Tensor:
-    """β [K] float64 that minimises |Xβ − y|² + penalty·|β|², X [T, K]; whichever side is smaller.
+    """β [K, P] float64 that minimises |Xβ − Y|² + penalty·|β|², X [T, K]; whichever side is smaller.
 
     Products of X are float32, which the penalty forgives; all else is float64.
     """
@@ -110,5 +117,5 @@ def _ridge(inputs: Tensor, target: Tensor, penalty: float) -> Tensor:
     gram = (inputs @ inputs.t() if few else inputs.t() @ inputs).double()
     gram.diagonal().add_(penalty)
     right = target.double() if few else (inputs.t() @ target.float()).double()
-    solved = torch.cholesky_solve(right.unsqueeze(1), torch.linalg.cholesky(gram)).squeeze(1)
+    solved = torch.cholesky_solve(right, torch.linalg.cholesky(gram))
     return (inputs.t() @ solved.float()).double() if few else solved
