@@ -75,7 +75,7 @@ def decode_command(
     from wina.bench.machine import Neighbours
     from wina.bench.peers.workshop import Workshop, default_root
     from wina.bench.timing import noise_warnings
-    from wina.config import SparsityConfig
+    from wina.config import SparsityConfig, settings_of
     from wina.plan import SparsityPlan
     from wina.threads import thread_warnings
 
@@ -89,7 +89,9 @@ def decode_command(
     if cached and shape is None:
         raise WinaError("--cached is for --shape")
     plans: list[Any] = [
-        SparsityConfig(method=m, sparsity=s, calibration_tokens=calibration_tokens)
+        SparsityConfig.from_dict(
+            {"sparsity": s, "calibration_tokens": calibration_tokens, **settings_of(m)}
+        )
         for m in names(methods)
         for s in numbers(sparsities)
     ]
@@ -141,7 +143,9 @@ def peers_command(
     peer_python: Annotated[
         str, typer.Option(help="Python that has the peers' packages; default: this one.")
     ] = sys.executable,
-    method: Annotated[str, typer.Option(help="Of our engine.")] = "wina",
+    method: Annotated[
+        str, typer.Option(help="Of our engine, such as wina or wina/head=sparse.")
+    ] = "wina",
     sparsities: Annotated[str, typer.Option(help="Of our engine, by commas.")] = "0.5",
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
     context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 16,
@@ -196,7 +200,7 @@ def peers_command(
 def profile_command(
     model: Model = None,
     shape: Shape = None,
-    method: Annotated[str, typer.Option(help="wina, teal, …")] = "wina",
+    method: Annotated[str, typer.Option(help="wina, teal, wina/head=sparse, …")] = "wina",
     sparsities: Annotated[
         str, typer.Option(help="By commas; `dense` is the model as it was loaded.")
     ] = "dense,0.5",

@@ -222,7 +222,7 @@ class _Bench:
 
     def add(self, patched: nn.Module, plan: SparsityPlan) -> None:
         """Time one plan under every load, dense and sparse of all engines in turn."""
-        label = f"{plan.config.method} at {plan.config.sparsity:.0%}"
+        label = f"{plan.config.label} at {plan.config.sparsity:.0%}"
         for load, prompt in self.prompts.items():
             with measure_sparsity(patched) as counter:
                 generate(patched, prompt, min(self.sweep.new_tokens, 16))
@@ -308,7 +308,7 @@ class _Bench:
         )
         return {
             "engine": engine.name,
-            "method": plan.config.method if plan else "dense",
+            "method": plan.config.label if plan else "dense",
             "sparsity": plan.config.sparsity if plan else 0.0,
             "realised": realised,
             "dtype": self.dtype,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wina.api import sparsify
 from wina.bench.decode import calibration_texts
-from wina.config import SparsityConfig
+from wina.config import SparsityConfig, settings_of
 from wina.decoding.engines import Trimmed, choose_engine
 from wina.decoding.sampling import choose_token
 from wina.errors import WinaError
@@ -56,7 +56,7 @@ def profile_rows(
         tokenizer: the model's; None for random weights, which calibrate on random tokens.
         prompt: token ids [1, S].
         new_tokens: to time in each row.
-        method: a name of :data:`wina.methods.METHODS`.
+        method: a name of :data:`wina.methods.METHODS`, maybe with settings of its own.
         sparsities: None is the model as it was loaded; it has one row only.
         weight_dtypes: formats of the projections' weights, None for the model's own.
 
@@ -69,11 +69,12 @@ def profile_rows(
             if sparsity is None and width is not None:
                 continue
             if sparsity is not None:
-                config = SparsityConfig(
-                    method=method, sparsity=sparsity, weight_dtype=width,
-                    rounding=width and "nearest",  # quick, and the time is that of any integers
-                    calibration_tokens=_CALIBRATION_TOKENS,
-                )  # fmt: skip
+                settings = {
+                    "sparsity": sparsity, "weight_dtype": width,
+                    "rounding": width and "nearest",  # quick, and the time is that of any integers
+                    "calibration_tokens": _CALIBRATION_TOKENS,
+                }  # fmt: skip
+                config = SparsityConfig.from_dict({**settings, **settings_of(method)})
                 texts = None if tokenizer else calibration_texts(model)
                 sparsify(model, config, tokenizer=tokenizer, texts=texts, keep_original=True)
             try:

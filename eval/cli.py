@@ -116,7 +116,8 @@ def eval_grid(
         print(context.get_help())
         raise typer.Exit(0 if len(sys.argv) <= 2 else 2)
     _quiet_libraries()
-    from wina.eval.columns import columns_of, parse_settings
+    from wina.config import parse_settings
+    from wina.eval.columns import columns_of
     from wina.eval.grid import Grid, GridRun
     from wina.eval.measurement import Settings
     from wina.eval.run import open_tasks, print_grid, rows_of
@@ -349,8 +350,9 @@ def eval_ablation(
     selectors. Writes ablation.md, ablation.png and ablation.json beside the cells.
     """
     _quiet_libraries()
+    from wina.config import parse_settings
     from wina.eval.ablation import Levels, print_ablation, rows_of_ablation, write_ablation
-    from wina.eval.columns import columns_of, parse_settings
+    from wina.eval.columns import columns_of
     from wina.eval.costs import TokenCosts
 
     levels = Levels(names(criteria), names(rotations), names(allocations), names(selectors))
@@ -393,7 +395,7 @@ def eval_frontier(
     corrections and rotations. Writes frontier.md, frontier.png and frontier.json beside the cells.
     """
     _quiet_libraries()
-    from wina.eval.columns import parse_settings
+    from wina.config import parse_settings
     from wina.eval.costs import TokenCosts
     from wina.eval.frontier import (
         frontier_columns,

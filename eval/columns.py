@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from wina.config import SparsityConfig
-from wina.errors import ConfigError
+from wina.config import SparsityConfig, settings_of
 from wina.rotation import NO_ROTATION
 
 # How a forward with many tokens is computed: a mask and a dense product, on weights left as they
@@ -63,27 +62,3 @@ def columns_of(
             for value in sparsities
         ]
     return columns
-
-
-def settings_of(label: str) -> dict[str, Any]:
-    """Fields of :class:`SparsityConfig` that a method with settings of its own says."""
-    name, *own = label.split("/")
-    return {"method": name, **parse_settings(own)}
-
-
-def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """``field=value`` pairs of :class:`SparsityConfig`, values in the type of the field."""
-    defaults = {f.name: f.default for f in fields(SparsityConfig)}
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or name not in defaults:
-            raise ConfigError(
-                f"{pair!r} is no setting: write field=value with a field of: {', '.join(defaults)}"
-            )
-        kind = type(defaults[name])
-        try:
-            settings[name] = kind(value) if kind in (int, float) else value
-        except ValueError:
-            raise ConfigError(f"{pair!r}: expected a value such as {defaults[name]!r}") from None
-    return settings

@@ -14,10 +14,9 @@ from torch import nn
 from wina.allocation import Measurements
 from wina.api import sparsify
 from wina.calibration import calibrate
-from wina.config import SparsityConfig
+from wina.config import SparsityConfig, settings_of
 from wina.decoding.head import read_rounded, usual_head
 from wina.errors import ConfigError
-from wina.eval.columns import settings_of
 from wina.eval.costs import TokenCosts
 from wina.eval.frontier import LOADED
 from wina.eval.perplexity import perplexity

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -252,6 +252,11 @@ class SparsityConfig:
         # Fields that came later are left out where they say what was so before them.
         return {**{k: v for k, v in self.to_dict().items() if (k, v) not in _LATER}, **named}
 
+    @property
+    def label(self) -> str:
+        """The method as :func:`settings_of` reads it, with what else a decoded token depends on."""
+        return self.method if self.head == "dense" else f"{self.method}/head={self.head}"
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SparsityConfig:
         """Inverse of :meth:`to_dict`; an unknown field raises :class:`ConfigError`."""
@@ -270,6 +275,34 @@ class SparsityConfig:
             if not isinstance(value, allowed) or isinstance(value, bool):
                 raise ConfigError(f"setting {name!r} has the wrong type: {value!r}")
         return cls(**values)
+
+
+def settings_of(label: str) -> dict[str, Any]:
+    """Fields of :class:`SparsityConfig` of a method with settings of its own.
+
+    Args:
+        label: such as ``"wina"`` or ``"wina-plus/weight_dtype=int4+int4/head=sparse"``.
+    """
+    name, *own = label.split("/")
+    return {"method": name, **parse_settings(own)}
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """``field=value`` pairs of :class:`SparsityConfig`, values in the type of the field."""
+    defaults = {f.name: f.default for f in fields(SparsityConfig)}
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or name not in defaults:
+            raise ConfigError(
+                f"{pair!r} is no setting: write field=value with a field of: {', '.join(defaults)}"
+            )
+        kind = type(defaults[name])
+        try:
+            settings[name] = kind(value) if kind in (int, float) else value
+        except ValueError:
+            raise ConfigError(f"{pair!r}: expected a value such as {defaults[name]!r}") from None
+    return settings
 
 
 def _check_number(name: str, value: object) -> None:

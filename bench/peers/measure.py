@@ -25,7 +25,7 @@ class Contest:
     Attributes:
         peers: names of :data:`wina.bench.peers.registry.PEERS`.
         widths: names of :data:`wina.bench.peers.registry.WIDTHS`; engines without one sit it out.
-        method: of :data:`wina.methods.METHODS`, for our engine.
+        method: of :data:`wina.methods.METHODS`, for our engine, maybe with settings of its own.
         sparsities: of our engine.
         context: tokens of the prompt.
         new_tokens: to generate.

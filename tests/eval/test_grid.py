@@ -18,9 +18,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from wina.cli import app
+from wina.config import parse_settings
 from wina.errors import ConfigError, UnknownNameError, WinaError
 from wina.eval import grid as grid_module
-from wina.eval.columns import Column, columns_of, parse_settings
+from wina.eval.columns import Column, columns_of
 from wina.eval.grid import Grid, GridRun, read_cell
 from wina.eval.harness import HarnessTask
 from wina.eval.local_tasks import local_tasks

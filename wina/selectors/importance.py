@@ -108,7 +108,7 @@ class Importance(Selector):
 
 
 def _ridge(inputs: Tensor, target: Tensor, penalty: float) -> Tensor:
-    """β [K, P] float64 that minimises |Xβ − Y|² + penalty·|β|², X [T, K]; whichever side is smaller.
+    """β [K, P] float64 that minimises |Xβ − Y|² + penalty·|β|², X [T, K]; on the smaller side.
 
     Products of X are float32, which the penalty forgives; all else is float64.
     """
