@@ -293,6 +293,7 @@ def test_what_does_not_fit_is_said(
         ("correction", "bias"),
         ("rotation", "orthogonal"),
         ("weight_dtype", "int8"),
+        ("head", "sparse"),
         ("method", "cats"),
     ],
 )
