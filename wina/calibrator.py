@@ -81,8 +81,9 @@ class Calibrator:
             for reader in readers:
                 reader.readers = readers
         self.gates = self._gates(model) if METHODS[config.method].gate_mask else []
-        head = self.layers.get(head_name(model) or "")
-        self.head = None if head is None else head.module
+        self.head = self.layers.get(head_name(model) or "")
+        if self.head is not None:
+            self.head.multiplies = False
 
     def _gates(self, model: nn.Module) -> list[tuple[nn.Module, Layer]]:
         """(activation module, its down projection) of every gated MLP.
@@ -172,8 +173,8 @@ class Calibrator:
                 hidden = self.decoder(input_ids=twice.to(device), use_cache=False)[0]
                 if self.head is not None:
                     # Its logits are not needed, and would be large.
-                    stack.enter_context(forward_replaced(self.head, lambda x: x))
-                    self.head(hidden)
+                    stack.enter_context(forward_replaced(self.head.module, lambda x: x))
+                    self.head.module(hidden)
 
 
 def _anew(measure: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -219,6 +220,7 @@ class Layer:
         self.terms: Terms | None = None
         self.center: Tensor | None = None
         self.left_out: Tensor | None = None
+        self.multiplies = True  # else nobody asks for its products
         self.fed = False  # its scores come from the gate, not from its own input
         self.rows_of: Layer | None = None  # its outputs are dropped with that layer's inputs
 
@@ -238,8 +240,9 @@ class Layer:
             columns = self.projection.out_features
             bits = WEIGHT_DTYPES[self.weight_dtype].format.bits
             self.weight = QuantizedWeight(found["packed"], found["scales"], columns, bits)
-        # A parameter of its own: the head's may be the embedding's as well.
-        self.module.weight = nn.Parameter(self._in_use(self.original.data), requires_grad=False)
+        if self.multiplies:
+            own = nn.Parameter(self._in_use(self.original.data), requires_grad=False)
+            self.module.weight = own
 
     def _rounded_for(self, x: Tensor) -> dict[str, Tensor]:
         """The fields of the weight that the rounding finds for inputs x [B, S, K]."""
