@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,39 @@ def test_a_head_that_reads_something_else_is_refused(llama: Any) -> None:
 def test_a_model_without_a_head_is_told_so(llama: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="has no language-model head"):
         find_head(llama.model)
+
+
+@pytest.mark.parametrize(("prefill", "sparse"), [("dense", False), ("all", True)])
+def test_the_logits_after_a_prompt_follow_the_prefill_protocol(
+    llama: nn.Module, prefill: str, sparse: bool, tokens: Tensor
+) -> None:
+    """Although the head is given the last hidden state alone, as in a decode step."""
+    dense = logits(llama, tokens)[:, -1]
+    wina.sparsify(llama, plan_for(llama, head="sparse"), prefill=prefill)
+    llama = copy.deepcopy(llama)
+    with torch.no_grad():
+        whole = llama(input_ids=tokens).logits
+        last = llama(input_ids=tokens, logits_to_keep=1).logits[:, -1]
+        three = llama(input_ids=tokens, logits_to_keep=3).logits
+        torch.testing.assert_close(last, whole[:, -1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(three, whole[:, -3:], rtol=1e-4, atol=1e-5)
+        assert ((last - dense).abs().max() > 1e-3) == sparse
+        # A hidden state by itself is a decode step, whatever ran before.
+        head = head_of(llama)
+        llama.model(input_ids=tokens)  # type: ignore[operator]
+        x = torch.randn(1, 1, head.in_features)
+        llama(input_ids=tokens[:, :1])
+        kept = x * (x.abs() > head.threshold)
+        torch.testing.assert_close(head(x), kept @ head.weight.t(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled(llama: nn.Module, backend: str, tokens: Tensor) -> None:
+    wina.sparsify(llama, plan_for(llama, head="sparse"))
+    torch.compiler.reset()
+    compiled = torch.compile(llama, backend=backend)
+    with torch.no_grad():
+        for ids in (tokens, tokens[:, :1]):
+            want = llama(ids, use_cache=False, logits_to_keep=1).logits
+            found = compiled(ids, use_cache=False, logits_to_keep=1).logits
+            assert (found - want).abs().median() <= 1e-4

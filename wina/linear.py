@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from wina.corrections import Terms
 from wina.errors import PatchStateError
@@ -35,12 +36,29 @@ class Control:
         self.prefill = prefill
         self.backend = backend
         self.padded: Tensor | None = None
+        self._whole: int | None = None
         self.observer: Callable[[str, Tensor, Tensor, Tensor | None], None] | None = None
+
+    def watch(self, decoder: nn.Module) -> list[RemovableHandle]:
+        """Tell a head, which may be given a sequence's last hidden states only, how long it was."""
+        return [
+            decoder.register_forward_pre_hook(self._begin),
+            decoder.register_forward_hook(self._end),
+        ]
+
+    def _begin(self, *_: Any) -> None:
+        self._whole = None
+
+    def _end(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._whole = sequence_length(output[0])
 
     def first_sparse(self, x: Tensor) -> int:
         """Index, along the sequence, of the first sparse token of hidden states [..., S, K]."""
         length = sequence_length(x)
-        return self.prefill.start(length) if self.enabled else length
+        before, self._whole = max(0, (self._whole or 0) - length), None  # tokens that were left out
+        if not self.enabled:
+            return length
+        return max(0, self.prefill.start(before + length) - before)
 
     def sparse_tokens(self, x: Tensor) -> Tensor | None:
         """Boolean [..., S] of hidden states [..., S, K] where a padded batch is running, or None.

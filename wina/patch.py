@@ -23,7 +23,13 @@ from wina.mlp import SparseGatedMLP, recognise_gated_mlp
 from wina.plan import SparsityPlan
 from wina.prefill import Prefill
 from wina.progress import progress
-from wina.projections import architecture_of, group_members, head_name, why_dense
+from wina.projections import (
+    architecture_of,
+    decoder_of,
+    group_members,
+    head_name,
+    why_dense,
+)
 from wina.quantized_linear import QuantizedSparseLinear
 from wina.sparse_experts import SparseExperts
 
@@ -252,6 +258,8 @@ def apply_plan(
                 advance()
         for name in plan.expert_modules:
             _replace_experts(patch, model, name)
+        if config.head == "sparse":
+            patch.hooks += patch.control.watch(decoder_of(model))
         if config.weight_dtype is None:
             _form_groups(model, plan, fused=gated)
         for name, found in gated.items():
