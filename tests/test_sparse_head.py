@@ -87,6 +87,7 @@ def test_logits_are_the_product_of_kept_channels(
     torch.testing.assert_close(found, (x * kept) @ head.matrix.double().t(), rtol=1e-4, atol=1e-4)
     assert model.get_input_embeddings().weight is embedding
     assert torch.equal(embedding, before)
+    assert embedding.is_contiguous()  # a token's row is still one
     wina.restore(model)
     assert is_tied(model) == tied
     assert embedding.is_contiguous()
