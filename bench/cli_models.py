@@ -75,7 +75,7 @@ def decode_command(
     from wina.bench.machine import Neighbours
     from wina.bench.peers.workshop import Workshop, default_root
     from wina.bench.timing import noise_warnings
-    from wina.config import SparsityConfig, settings_of
+    from wina.config import SparsityConfig
     from wina.plan import SparsityPlan
     from wina.threads import thread_warnings
 
@@ -89,9 +89,7 @@ def decode_command(
     if cached and shape is None:
         raise WinaError("--cached is for --shape")
     plans: list[Any] = [
-        SparsityConfig.from_dict(
-            {"sparsity": s, "calibration_tokens": calibration_tokens, **settings_of(m)}
-        )
+        SparsityConfig.from_label(m, sparsity=s, calibration_tokens=calibration_tokens)
         for m in names(methods)
         for s in numbers(sparsities)
     ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wina.api import sparsify
 from wina.bench.decode import calibration_texts
-from wina.config import SparsityConfig, settings_of
+from wina.config import SparsityConfig
 from wina.decoding.engines import Trimmed, choose_engine
 from wina.decoding.sampling import choose_token
 from wina.errors import WinaError
@@ -69,12 +69,11 @@ def profile_rows(
             if sparsity is None and width is not None:
                 continue
             if sparsity is not None:
-                settings = {
-                    "sparsity": sparsity, "weight_dtype": width,
-                    "rounding": width and "nearest",  # quick, and the time is that of any integers
-                    "calibration_tokens": _CALIBRATION_TOKENS,
-                }  # fmt: skip
-                config = SparsityConfig.from_dict({**settings, **settings_of(method)})
+                config = SparsityConfig.from_label(
+                    method, sparsity=sparsity, weight_dtype=width,
+                    rounding=width and "nearest",  # quick, and the time is that of any integers
+                    calibration_tokens=_CALIBRATION_TOKENS,
+                )  # fmt: skip
                 texts = None if tokenizer else calibration_texts(model)
                 sparsify(model, config, tokenizer=tokenizer, texts=texts, keep_original=True)
             try:

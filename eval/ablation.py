@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from wina.config import parse_settings
 from wina.errors import WinaError
 from wina.files import write_atomically
 
@@ -45,9 +46,9 @@ class Levels:
         ]
 
 
-def levels_of(label: str) -> dict[str, str]:
+def levels_of(label: str) -> dict[str, Any]:
     """Factor → value of a column."""
-    return dict(pair.split("=", 1) for pair in label.split("/")[1:])
+    return parse_settings(label.split("/")[1:])
 
 
 def rows_of_ablation(

@@ -60,8 +60,16 @@ class Expectation:
     @property
     def settings(self) -> dict[str, Any]:
         """Fields of :class:`SparsityConfig`."""
-        found: dict[str, Any] = {**settings_of(self.method), "sparsity": round(self.sparsity, 4)}
-        return found if self.width == LOADED else {**found, "weight_dtype": self.width}
+        found = _settings(self.method, self.width, round(self.sparsity, 4))
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def _settings(method: str, width: str, sparsity: float) -> dict[str, Any]:
+    return {
+        **settings_of(method),
+        "sparsity": sparsity,
+        "weight_dtype": None if width == LOADED else width,
+    }
 
 
 class Adviser:
@@ -181,15 +189,8 @@ class Adviser:
                 restore(self.model)
 
     def _config(self, method: str, width: str, sparsity: float) -> SparsityConfig:
-        return SparsityConfig(
-            **{
-                **settings_of(method),
-                "sparsity": sparsity,
-                "weight_dtype": None if width == LOADED else width,
-                "calibration_tokens": self.tokens,
-                "window": self.window,
-            }
-        )
+        own = {"calibration_tokens": self.tokens, "window": self.window}
+        return SparsityConfig.from_dict({**_settings(method, width, sparsity), **own})
 
     def _patch(self, config: SparsityConfig) -> None:
         plan = calibrate(

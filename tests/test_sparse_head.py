@@ -260,3 +260,9 @@ def test_compiled(llama: nn.Module, backend: str, tokens: Tensor) -> None:
             want = llama(ids, use_cache=False, logits_to_keep=1).logits
             found = compiled(ids, use_cache=False, logits_to_keep=1).logits
             assert (found - want).abs().median() <= 1e-4
+
+
+def test_a_head_that_is_no_linear_layer_is_refused(llama: Any) -> None:
+    llama.lm_head = nn.Sequential(llama.lm_head)
+    with pytest.raises(UnsupportedModelError, match="lm_head is a Sequential: set head='dense'"):
+        find_head(llama)

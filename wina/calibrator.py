@@ -67,8 +67,7 @@ class Calibrator:
         for projection in projections:
             name = projection.name
             module = linear_of(model, name)
-            drops = importance is not None and sparsities[name] > 0.0
-            weighed = importance.get(name) if importance is not None and drops else None
+            weighed = importance.get(name) if importance and sparsities[name] > 0.0 else None
             self.layers[name] = Layer(
                 projection, module, scores[name], sparsities[name], config, weighed,
                 (weights or {}).get(name),
@@ -310,11 +309,11 @@ class Layer:
         There are none where projections do not see all tokens, as routed experts do: there is
         nothing then that tells which ones these are.
         """
-        assert self.importance is not None
-        readers = [layer for layer in self.readers if layer.importance is not None]
-        weighed = [layer.importance for layer in readers if layer.importance is not None]
-        importance = torch.stack(weighed)
-        for layer in readers:
+        weighed = {
+            layer: layer.importance for layer in self.readers if layer.importance is not None
+        }
+        importance = torch.stack(list(weighed.values()))
+        for layer in weighed:
             layer.importance = None
         length = importance.shape[2]
         windows, rest = divmod(x.shape[:-1].numel(), length)
@@ -325,7 +324,7 @@ class Layer:
         if self.center is not None:
             tokens = tokens - self.center.to(tokens.dtype)
         probes = self.scores.selector.fit(tokens, importance[:, :windows, start:])
-        for layer, probe in zip(readers, probes, strict=True):
+        for layer, probe in zip(weighed, probes, strict=True):
             layer.probe = probe
 
     def correct(self, y: Tensor) -> Tensor:

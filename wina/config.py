@@ -143,18 +143,18 @@ class SparsityConfig:
 
         The head's own products are not computed while it is calibrated.
         """
-        for what, here in (
+        wanted = {
+            "correction 'none'": self.make_correction().fit() is None,
+            f"refinement {NO_REFINEMENT!r}": self.refinement_spec == NO_REFINEMENT,
+            "a method without a gate's mask": not METHODS[self.method].gate_mask,
+        }
+        lacking = [what for what, holds in wanted.items() if not holds]
+        for setting, here in (
             (f"weight_dtype {self.weight_dtype!r}", self.planes > 1),
             (f"head {self.head!r}", self.head == "sparse"),
         ):
-            wanted = {
-                "correction 'none'": self.make_correction().fit() is None,
-                f"refinement {NO_REFINEMENT!r}": self.refinement_spec == NO_REFINEMENT,
-                "a method without a gate's mask": not METHODS[self.method].gate_mask,
-            }
-            for needed, holds in wanted.items():
-                if here and not holds:
-                    raise ConfigError(f"{what} needs {needed}")
+            if here and lacking:
+                raise ConfigError(f"{setting} needs {lacking[0]}")
         if self.head == "sparse" and self.make_allocation().by_block:
             raise ConfigError(
                 f"allocation {self.allocation_spec!r} looks at one block at a time, and the head "
@@ -256,6 +256,11 @@ class SparsityConfig:
     def label(self) -> str:
         """The method as :func:`settings_of` reads it, with what else a decoded token depends on."""
         return self.method if self.head == "dense" else f"{self.method}/head={self.head}"
+
+    @classmethod
+    def from_label(cls, label: str, **settings: Any) -> SparsityConfig:
+        """A method with settings of its own (:func:`settings_of`), which win over ``settings``."""
+        return cls.from_dict({**settings, **settings_of(label)})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SparsityConfig:

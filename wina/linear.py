@@ -36,28 +36,29 @@ class Control:
         self.prefill = prefill
         self.backend = backend
         self.padded: Tensor | None = None
-        self._whole: int | None = None
+        self._whole: int | None = None  # tokens of the decoder's output, until the head has run
         self.observer: Callable[[str, Tensor, Tensor, Tensor | None], None] | None = None
 
-    def watch(self, decoder: nn.Module) -> list[RemovableHandle]:
+    def watch(self, decoder: nn.Module, head: nn.Module) -> list[RemovableHandle]:
         """Tell a head, which may be given a sequence's last hidden states only, how long it was."""
         return [
-            decoder.register_forward_pre_hook(self._begin),
-            decoder.register_forward_hook(self._end),
+            decoder.register_forward_hook(self._note),
+            head.register_forward_hook(self._forget),
+            decoder.register_forward_pre_hook(self._forget),
         ]
 
-    def _begin(self, *_: Any) -> None:
-        self._whole = None
-
-    def _end(self, _: nn.Module, __: Any, output: Any) -> None:
+    def _note(self, _: nn.Module, __: Any, output: Any) -> None:
         self._whole = sequence_length(output[0])
+
+    def _forget(self, *_: Any) -> None:
+        self._whole = None
 
     def first_sparse(self, x: Tensor) -> int:
         """Index, along the sequence, of the first sparse token of hidden states [..., S, K]."""
         length = sequence_length(x)
-        before, self._whole = max(0, (self._whole or 0) - length), None  # tokens that were left out
         if not self.enabled:
             return length
+        before = 0 if self._whole is None else max(0, self._whole - length)  # tokens left out
         return max(0, self.prefill.start(before + length) - before)
 
     def sparse_tokens(self, x: Tensor) -> Tensor | None:

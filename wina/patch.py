@@ -259,7 +259,8 @@ def apply_plan(
         for name in plan.expert_modules:
             _replace_experts(patch, model, name)
         if config.head == "sparse":
-            patch.hooks += patch.control.watch(decoder_of(model))
+            head = model.get_output_embeddings()  # type: ignore[operator]
+            patch.hooks += patch.control.watch(decoder_of(model), head)
         if config.weight_dtype is None:
             _form_groups(model, plan, fused=gated)
         for name, found in gated.items():

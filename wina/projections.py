@@ -217,7 +217,7 @@ def find_head(model: nn.Module) -> Projection:
     with ExitStack() as stack:
         stack.callback(decoder_of(model).register_forward_hook(out).remove)
         stack.enter_context(_pre_hooks({name: module}, lambda _: lambda _, x: read.append(x[0])))
-        _run_two_tokens(model, model)
+        _run_two_tokens(model)
     # NaN is equal to itself here: random weights may give it.
     if len(read) != 1 or not torch.equal(read[0].nan_to_num(), seen[0].nan_to_num()):
         raise UnsupportedModelError(
@@ -256,7 +256,7 @@ def find_experts(model: nn.Module) -> dict[str, tuple[FusedExperts, tuple[Projec
         return hook
 
     with _pre_hooks({name: fused.module for name, (_, fused) in found.items()}, observer):
-        _run_two_tokens(model)
+        _run_two_tokens(decoder_of(model))
 
     def projection(name: str, role: str) -> Projection:
         index, fused = found[name]
@@ -357,7 +357,7 @@ def _observe_inputs(
         return hook
 
     with _pre_hooks(linears, observer):
-        _run_two_tokens(model)
+        _run_two_tokens(decoder_of(model))
     unreached = [name for name in linears if name not in inputs]
     if unreached:
         raise UnsupportedModelError(
@@ -375,12 +375,11 @@ def _pre_hooks(modules: Mapping[str, nn.Module], hook: Callable[[str], Any]) -> 
         yield
 
 
-def _run_two_tokens(model: nn.Module, whole: nn.Module | None = None) -> None:
-    """Through the decoder, or through ``whole``."""
-    runs = decoder_of(model) if whole is None else whole
-    device = device_of(runs)
+def _run_two_tokens(module: nn.Module) -> None:
+    """Through a decoder, or a model with its head."""
+    device = device_of(module)
     with torch.no_grad():
-        runs(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
+        module(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
 
 
 def _group_by_input(inputs: dict[str, tuple[Tensor, int]]) -> dict[str, str]:

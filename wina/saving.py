@@ -123,10 +123,9 @@ def _plan_of(model: nn.Module, patch: Patch, weights: dict[str, Tensor]) -> Spar
     }
     if patch.dropped and plan.config.planes > 1:
         # The sum of planes, rounded again, would give others.
+        gone = layers.keys() - patch.tied.keys()
         for module in model.modules():
-            if not isinstance(module, QuantizedSparseLinear) or module.name in patch.tied:
-                continue
-            if module.name in layers:
+            if isinstance(module, QuantizedSparseLinear) and module.name in gone:
                 layers[module.name] = replace(layers[module.name], weight=module.quantized.cpu())
     experts = {
         name: replace(layer, sample=experts_sample(weights[name])) if name in weights else layer

@@ -73,7 +73,7 @@ class ScoreHistogram:
         """Count scores (any shape, float32, ≥ 0); NaN or Inf raises :class:`CalibrationError`."""
         if not scores.numel():
             return
-        bits = scores.contiguous().view(torch.int32).flatten() >> _SHIFT
+        bits = _bins(scores)
         if bits.min() < 0:  # the sign bit
             raise CalibrationError("scores must not be negative")
         counts = torch.bincount(bits, minlength=_BINS).cpu()
@@ -119,9 +119,9 @@ def exceeded(scores: Tensor, cuts: Tensor) -> Tensor:
     Returns:
         int64 of the scores' shape.
     """
-    bins = scores.contiguous().view(torch.int32).flatten() >> _SHIFT
+    bins = _bins(scores)
     positive = cuts[cuts >= 0.0].cpu()
-    of_cuts = positive.view(torch.int32).long() >> _SHIFT
+    of_cuts = _bins(positive).long()
     below = torch.zeros(_BINS + 1, dtype=torch.int64)
     below[1:] = torch.bincount(of_cuts, minlength=_BINS).cumsum(0)
     found = (below[:-1] + (len(cuts) - len(positive))).to(scores.device).index_select(0, bins)
@@ -134,8 +134,13 @@ def exceeded(scores: Tensor, cuts: Tensor) -> Tensor:
     return found.view(scores.shape)
 
 
+def _bins(scores: Tensor) -> Tensor:
+    """The bin of every score, flat; negative for a negative one."""
+    return scores.contiguous().view(torch.int32).flatten() >> _SHIFT
+
+
 def _bin(value: float) -> int:
-    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32)) >> _SHIFT
+    return int(_bins(torch.tensor(value, dtype=torch.float32)))
 
 
 def _edge(index: int) -> float:

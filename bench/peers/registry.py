@@ -13,7 +13,7 @@ from typing import Any
 
 from wina.bench.peers.process import ENGINES, EngineProcess
 from wina.bench.peers.workshop import Workshop
-from wina.config import SparsityConfig, settings_of
+from wina.config import SparsityConfig
 from wina.errors import WinaError
 from wina.registry import Registry
 
@@ -146,11 +146,12 @@ def own_options(
 ) -> dict[str, Any]:
     """What OURS starts from; calibrates on ``tokens`` tokens where there is no plan yet."""
     dtype = WIDTHS[width].weight_dtype
-    settings = {
-        "sparsity": sparsity,
-        "calibration_tokens": tokens,
-        "weight_dtype": dtype,
-        "rounding": dtype and "nearest",  # quick, and the time is that of any integers
-    }
-    plan = shop.plan(SparsityConfig.from_dict({**settings, **settings_of(method)}))
+    config = SparsityConfig.from_label(
+        method,
+        sparsity=sparsity,
+        calibration_tokens=tokens,
+        weight_dtype=dtype,
+        rounding=dtype and "nearest",  # quick, and the time is that of any integers
+    )
+    plan = shop.plan(config)
     return {**OURS.prepare(shop, OURS.forms[width]), "plan": str(plan)}
