@@ -241,13 +241,15 @@ def test_the_logits_after_a_prompt_follow_the_prefill_protocol(
         torch.testing.assert_close(last, whole[:, -1], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(three, whole[:, -3:], rtol=1e-4, atol=1e-5)
         assert ((last - dense).abs().max() > 1e-3) == sparse
-        # A hidden state by itself is a decode step, whatever ran before.
+        # A hidden state by itself is a decode step, whatever the head was given before, and so is
+        # a token, whatever the decoder was given without its head.
         head = head_of(llama)
-        llama.model(input_ids=tokens)  # type: ignore[operator]
         x = torch.randn(1, 1, head.in_features)
-        llama(input_ids=tokens[:, :1])
         kept = x * (x.abs() > head.threshold)
         torch.testing.assert_close(head(x), kept @ head.weight.t(), rtol=1e-4, atol=1e-5)
+        step = llama(input_ids=tokens[:, :1]).logits
+        llama.model(input_ids=tokens)  # type: ignore[operator]
+        assert torch.equal(llama(input_ids=tokens[:, :1]).logits, step)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
