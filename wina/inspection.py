@@ -236,7 +236,8 @@ class RealisedSparsity:
 
     def __call__(self, name: str, x: Tensor, threshold: Tensor, scale: Tensor | None) -> None:
         """Count one product's channels."""
-        dropped = (~keep_mask(x.detach(), threshold, scale)).sum()
+        # Counting nonzeros is many times faster on a CPU than a sum of booleans.
+        dropped = x.numel() - torch.count_nonzero(keep_mask(x.detach(), threshold, scale))
         for reader in (name, *self._rows.get(name, ())):
             self._dropped[reader] = self._dropped[reader].to(dropped.device) + dropped
             self._seen[reader] = self._seen[reader] + x.numel()
