@@ -33,8 +33,10 @@ from wina.errors import ConfigError
 
 GROUP = 128
 LINE = 64  # bytes of a cache line
-# Weights rounded at a time: bounds the float32 copies.
-_CHUNK = 1 << 22
+# Weights rounded at a time: bounds the float32 copies, which a CPU reads and writes some sixty times,
+# from its second cache if they fit; elsewhere every pass is a launch.
+_CHUNK = {"cpu": 1 << 17}
+_USUAL_CHUNK = 1 << 22
 # Clipping further makes a first plane 1 to 2 % better, both planes 30 to 60 % worse
 # (bench/rounding.py).
 _LEAST_SHARE = 0.92
@@ -196,7 +198,7 @@ def quantize_as(weight: Tensor, form: IntegerFormat) -> QuantizedWeight:
     K, N = weight.shape
     packed = torch.empty((K, form.row_bytes(N)), dtype=torch.int8, device=weight.device)
     scales = torch.empty((K, scales_of(N)), dtype=torch.bfloat16, device=weight.device)
-    rows = max(1, _CHUNK // max(1, N))
+    rows = max(1, _CHUNK.get(weight.device.type, _USUAL_CHUNK) // max(1, N))
     for first in range(0, K, rows):
         groups = grouped(finite_rows(weight[first : first + rows], form))
         scale = choose_scales(groups, form)
