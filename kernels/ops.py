@@ -273,6 +273,37 @@ def _check_probe(a: Arguments) -> None:
         raise RuntimeError(f"limit must be positive, got {a.limit}")
 
 
+def _check_tracked(a: Arguments) -> None:
+    _check_mean(a)
+    K, tokens = a.x.shape[-1], a.x.shape[:-1]
+    if a.threshold.shape != (K,) or a.threshold.dtype != torch.float32:
+        raise RuntimeError(
+            f"expected threshold [{K}] float32 for x {tuple(a.x.shape)}, got "
+            f"{tuple(a.threshold.shape)} {a.threshold.dtype}"
+        )
+    if a.state.dim() != 1 or a.state.dtype != torch.float32 or not len(a.state):
+        raise RuntimeError(
+            f"state must be [sequences] float32, got {tuple(a.state.shape)} {a.state.dtype}"
+        )
+    if tokens.numel() % len(a.state):
+        raise RuntimeError(
+            f"{tokens.numel()} tokens of x {tuple(a.x.shape)} are not of {len(a.state)} sequences"
+        )
+    for name, given, dtype in (
+        ("scale", a.scale, torch.float32),
+        ("counted", a.counted, torch.bool),
+    ):
+        if given is not None and (given.shape != tokens or given.dtype != dtype):
+            raise RuntimeError(
+                f"expected {name} {tuple(tokens)} {dtype} for x {tuple(a.x.shape)}, got "
+                f"{tuple(given.shape)} {given.dtype}"
+            )
+    if not (0.0 <= a.sparsity <= 1.0 and a.rate > 0.0):
+        raise RuntimeError(
+            f"sparsity lies in [0, 1] and rate is positive, got {a.sparsity} and {a.rate}"
+        )
+
+
 def one_a_token(x: Tensor) -> Tensor:
     """An empty factor of thresholds [...] float32 for x [..., K]."""
     return x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -311,4 +342,10 @@ mean_scale: Callable[..., Tensor] = define(
 )
 probe_scale: Callable[..., Tensor] = define(
     reference.probe_scale, _check_probe, output=lambda a: one_a_token(a.x)
+)
+tracked_scale: Callable[..., Tensor] = define(
+    reference.tracked_scale,
+    _check_tracked,
+    output=lambda a: one_a_token(a.x),
+    mutates=("state",),
 )

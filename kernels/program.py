@@ -188,6 +188,9 @@ INSTRUCTIONS: dict[str, Instruction] = {
     ),
     "probe_scale": Instruction(reference.probe_scale, (REGISTER, CONSTANT, NUMBER)),
     "repeat": Instruction(_repeat, (REGISTER, INTEGER)),
+    "tracked_scale": Instruction(
+        reference.tracked_scale, (REGISTER, CONSTANT, CACHE, NUMBER, NUMBER, REGISTER)
+    ),
 }
 _TABLE = tuple(INSTRUCTIONS.values())
 
@@ -210,7 +213,8 @@ def decode_step(
         code: the instructions, int64 [n], see the module.
         numbers: floats that they use, float64.
         constants: weights, thresholds, tables.
-        caches: keys and values of every layer, [kv heads, length, D]; written at ``position``.
+        caches: what tokens leave behind: keys and values of every layer, [kv heads, length, D],
+            written at ``position``, and states [1] of ``tracked_scale``.
         outputs: length of the result.
         times: seconds that each instruction took are added to it, float64 [instructions].
 
@@ -252,8 +256,8 @@ def _check(a: ops.Arguments) -> None:
         raise RuntimeError(
             f"code must be int64 and numbers float64, got {a.code.dtype} and {a.numbers.dtype}"
         )
-    lengths = {cache.shape[1] for cache in a.caches}
-    if a.caches and not 0 <= a.position < min(lengths):
+    lengths = {cache.shape[1] for cache in a.caches if cache.dim() > 1}
+    if lengths and not 0 <= a.position < min(lengths):
         raise RuntimeError(f"position {a.position} is outside caches of {min(lengths)} tokens")
     if a.times is not None and a.times.dtype != torch.float64:
         raise RuntimeError(f"times must be float64, got {a.times.dtype}")

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _LARGEST = torch.finfo(torch.float32).max
+# Of tracked_scale: tokens of a sequence that have one factor, and the limit of its logarithm.
+TRACKED_TOKENS = 16
+TRACKED_LIMIT = 1.0
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -198,3 +201,49 @@ def probe_scale(x: Tensor, probe: Tensor, limit: float) -> Tensor:
     """
     exponent = x.to(torch.float32) @ probe[:-1] + probe[-1]
     return exponent.clamp(-limit, limit).exp()
+
+
+def tracked_scale(
+    x: Tensor,
+    threshold: Tensor,
+    state: Tensor,
+    sparsity: float,
+    rate: float,
+    scale: Tensor | None = None,
+    counted: Tensor | None = None,
+) -> Tensor:
+    """Factors that keep the share of dropped channels at ``sparsity`` on the text at hand.
+
+    Each sequence has a factor exp(s) of its thresholds. A token that drops a share d moves s by
+    rate·(sparsity − d), s within ±:data:`TRACKED_LIMIT`; in forwards of several tokens s moves after
+    every :data:`TRACKED_TOKENS` of them, by their sum. This is the stochastic approximation of a
+    quantile (Robbins and Monro 1951, Equation 6, with a step that stays, since texts change). A
+    sequence of T tokens whose s ends at s_T has dropped sparsity − s_T/(rate·T) in the mean.
+
+    Args:
+        x: hidden states [..., S, K] of B sequences, or [K].
+        threshold: see :func:`keep_mask`.
+        state: s of every sequence, [B] float32; written to.
+        sparsity: share of channels to drop.
+        rate: of the step, positive.
+        scale: factors [...] float32 of another rule, which these multiply; None for 1.
+        counted: boolean [...], False where a token says nothing (padding); None for all.
+
+    Returns:
+        [...] float32.
+    """
+    rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    tokens = len(rows) // max(1, len(state))
+    rows = rows.unflatten(0, (len(state), tokens))
+    base = rows.new_ones(rows.shape[:2], dtype=torch.float32)
+    own = base if scale is None else scale.reshape(rows.shape[:2])
+    used = base if counted is None else counted.reshape(rows.shape[:2]).to(torch.float32)
+    parts = []
+    for first in range(0, tokens, TRACKED_TOKENS):
+        now = slice(first, first + TRACKED_TOKENS)
+        factor = own[:, now] * state.exp().unsqueeze(1)
+        parts.append(factor)
+        kept = torch.count_nonzero(keep_mask(rows[:, now], threshold, factor), dim=-1)
+        surplus = (sparsity - 1.0 + kept / rows.shape[-1]) * used[:, now]
+        state.add_(rate * surplus.sum(1)).clamp_(-TRACKED_LIMIT, TRACKED_LIMIT)
+    return torch.cat([*parts, base[:, :0]], dim=1).reshape(x.shape[:-1])

@@ -89,9 +89,9 @@ def test_what_is_kept_names_a_selector_that_weighs_tokens() -> None:
     """Else results of a method before it had one would be taken for those of today."""
     settings = SparsityConfig(method="wina-plus")
     # Fields that came later are left out where they say what was so before them.
-    assert {**settings.record(), "head": "dense"} == {
+    assert {**settings.record(), "head": "dense", "tracking": 0.0} == {
         **settings.to_dict(), "selector": "importance",
     }  # fmt: skip
     plain = SparsityConfig(method="wina")
-    assert {**plain.record(), "head": "dense"} == plain.to_dict()
+    assert {**plain.record(), "head": "dense", "tracking": 0.0} == plain.to_dict()
     assert SparsityConfig.from_dict(plain.record()) == plain

@@ -23,7 +23,7 @@ from wina.selectors import SELECTORS, Selector
 MASKS = ("projection", "group")
 STATISTICS = ("sequential", "dense")
 HEADS = ("dense", "sparse")
-_LATER = (("head", "dense"),)
+_LATER = (("head", "dense"), ("tracking", 0.0))
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class SparsityConfig:
             int4+int4's) or ``"gptq"`` (int4's), which looks at the calibration text as well.
         head: ``"sparse"`` makes the language-model head one of the projections: it gets a share of
             the budget, and the weights' width. ``"dense"`` leaves it as it is.
+        tracking: how fast the cut-offs follow a text, so that the share that is dropped stays
+            ``sparsity`` on texts unlike the calibration text, too: each projection's moves by
+            exp(tracking·(asked − dropped)) a token, anew for every sequence
+            (:func:`wina.kernels.reference.tracked_scale`). 0: they stay. 0.02 is enough.
         rotation: overrides the method's: what :func:`wina.rotate` must have done to the model, or
             ``"none"``, which asks for nothing.
     """
@@ -80,6 +84,7 @@ class SparsityConfig:
     rounding: str | None = None
     rotation: str | None = None
     head: str = "dense"
+    tracking: float = 0.0
 
     def __post_init__(self) -> None:
         method = METHODS[self.method]
@@ -123,6 +128,11 @@ class SparsityConfig:
         if method.gate_mask and self.mask != "projection":
             raise ConfigError(f"method {self.method!r} has masks of its own: mask='projection'")
         _check_choice("head", self.head, HEADS)
+        _check_number("tracking", self.tracking)
+        if not 0.0 <= self.tracking <= 1.0:
+            raise ConfigError(f"tracking is a rate in [0, 1], not {self.tracking}")
+        if self.tracking and method.gate_mask:
+            raise ConfigError(f"method {self.method!r} masks what the gate says: set tracking=0")
         self._check_refinement()
         self._check_whole()
         self.make_selector()
@@ -272,10 +282,11 @@ class SparsityConfig:
         if unknown:
             raise ConfigError(f"unknown setting {unknown[0]!r}. Known: {', '.join(known)}.")
         for name, value in values.items():
+            kind = type(known[name].default)
             allowed = (
                 (str, type(None))
                 if known[name].default is None
-                else ((int, float) if name == "sparsity" else (type(known[name].default),))
+                else ((int, float) if kind is float else (kind,))
             )
             if not isinstance(value, allowed) or isinstance(value, bool):
                 raise ConfigError(f"setting {name!r} has the wrong type: {value!r}")

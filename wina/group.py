@@ -33,7 +33,7 @@ class _Shared:
 
 def scales(modules: Sequence[SparseLinear], x: Tensor) -> list[Tensor | None]:
     """Every module's factor of its thresholds for hidden states x that all of them read."""
-    if all(module.selector.of_x_alone for module in modules):
+    if all(module.selector.of_x_alone and module.tracked is None for module in modules):
         return [modules[0].scale(x)] * len(modules)
     return [module.scale(x) for module in modules]
 

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from wina.corrections import Terms
 from wina.errors import PatchStateError
 from wina.group import ProjectionGroup, scales
+from wina.kernels import ops
 from wina.kernels.dispatch import Choice, LayerSpec, choose
 from wina.kernels.reference import keep_mask, mask_inputs
 from wina.prefill import Prefill
@@ -27,14 +28,17 @@ class Control:
         prefill: which tokens of a multi-token forward are sparse.
         padded: boolean [rows, S] that says it token by token while a padded batch runs
             (:func:`wina.patch.padded_batch`), else None.
+        tracking: rate at which cut-offs follow the text, see
+            :func:`wina.kernels.reference.tracked_scale`; 0 where they stay.
         observer: called with (projection name, x, threshold, scale) of every sparse product;
             set while realised sparsity is measured, None otherwise.
     """
 
-    def __init__(self, prefill: Prefill, backend: str) -> None:
+    def __init__(self, prefill: Prefill, backend: str, tracking: float = 0.0) -> None:
         self.enabled = True
         self.prefill = prefill
         self.backend = backend
+        self.tracking = tracking
         self.padded: Tensor | None = None
         self._whole: int | None = None  # tokens of the decoder's output, until the head has run
         self.observer: Callable[[str, Tensor, Tensor, Tensor | None], None] | None = None
@@ -97,6 +101,8 @@ class SparseLinear(nn.Linear):
         left, right: [N, r] and [r, K]: the correction adds left·right·(dropped channels); or None.
         center: [K] that is taken off the inputs of sparse products, or None.
         probe: [K + 1] float32 that the selector found for this projection, or None.
+        tracked: [B] float32, how far the cut-off of each sequence of the last forward has moved,
+            where it follows the text; else None.
     """
 
     threshold: Tensor
@@ -106,6 +112,7 @@ class SparseLinear(nn.Linear):
     right: Tensor | None
     center: Tensor | None
     probe: Tensor | None
+    tracked: Tensor | None
 
     def __init__(
         self,
@@ -128,7 +135,8 @@ class SparseLinear(nn.Linear):
         self.sparsity = sparsity
         self.selector = selector
         self.control = control
-        for held, values in (("threshold", threshold), ("probe", probe)):
+        tracked = threshold.new_zeros(1) if control.tracking and sparsity else None
+        for held, values in (("threshold", threshold), ("probe", probe), ("tracked", tracked)):
             moved = None if values is None else values.to(self.storage.device, torch.float32)
             self.register_buffer(held, moved, persistent=False)
         self._hold_terms(terms or Terms())
@@ -210,6 +218,8 @@ class SparseLinear(nn.Linear):
         if start == 0:
             return self._sparse_with_group(x)
         if start >= sequence_length(x):
+            if self.tracked is not None:
+                self._state(x)
             return self._dense(x)
         if not self.choice.backend.k_major:  # it multiplies densely anyway: one product, not two
             masked = self.masked(x, start)
@@ -217,9 +227,34 @@ class SparseLinear(nn.Linear):
         parts = [self._dense(x[..., :start, :]), self._sparse(x[..., start:, :])]
         return torch.cat(parts, dim=-2)
 
-    def scale(self, x: Tensor) -> Tensor | None:
-        """The selector's per-token factor for hidden states x."""
-        return self.selector.scale(x, self.threshold, self.sparsity, self.probe)
+    def scale(self, x: Tensor, counted: Tensor | None = None) -> Tensor | None:
+        """The per-token factor of the thresholds for hidden states x [..., S, K].
+
+        The selector's; where cut-offs follow the text, that of the sequence as well.
+
+        Args:
+            x: one token of each sequence goes on where the last call ended, several begin anew.
+            counted: boolean [..., S], False for padding; None for all tokens.
+        """
+        scale = self.selector.scale(x, self.threshold, self.sparsity, self.probe)
+        if self.tracked is None:
+            return scale
+        state = self._state(x)
+        rate = self.control.tracking
+        with torch.no_grad():
+            return ops.tracked_scale(
+                x.detach(), self.threshold, state, self.sparsity, rate, scale, counted
+            )
+
+    def _state(self, x: Tensor) -> Tensor:
+        """What is known of the sequences of x [..., S, K]; nothing where they begin."""
+        assert self.tracked is not None
+        sequences = x.shape[:-2].numel() if x.dim() > 1 else 1
+        if len(self.tracked) != sequences:
+            self.tracked = self.tracked.new_zeros(sequences)
+        elif sequence_length(x) > 1:
+            self.tracked.zero_()
+        return self.tracked
 
     def masked(self, x: Tensor, start: int) -> Tensor:
         """x [..., S, K] with the inactive channels of tokens from ``start`` on set to zero."""
@@ -258,7 +293,7 @@ class SparseLinear(nn.Linear):
         if self.center is not None:
             x = x - self.center * sparse.unsqueeze(-1)
         with torch.no_grad():
-            scale = self.scale(x)
+            scale = self.scale(x, sparse)
             if self.control.observer is not None:
                 seen = None if scale is None else scale[sparse]
                 self.control.observer(self.name, x[sparse], self.threshold, seen)
@@ -318,10 +353,11 @@ class SparseLinear(nn.Linear):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseLinear:
         # `.to(bfloat16)` casts buffers as well; what masks depend on stays float32 on every path.
-        threshold, probe = self.threshold, self.probe
+        exact = {name: getattr(self, name) for name in ("threshold", "probe", "tracked")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.threshold = threshold.to(self.threshold.device)
-        self.probe = None if probe is None else probe.to(self.threshold.device)
+        for name, values in exact.items():
+            moved = None if values is None else values.to(self.threshold.device)
+            setattr(self, name, moved)
         self.choice = self._choose_again()
         if self.group is not None:
             self.group.settle()

@@ -214,7 +214,7 @@ def apply_plan(
         if prefill is None
         else type(config).from_dict({**config.to_dict(), "prefill": prefill}).make_prefill()
     )
-    patch = Patch(plan, Control(protocol, backend))
+    patch = Patch(plan, Control(protocol, backend, config.tracking))
     rounding = config.make_rounding()
     rounds = rounding is not None
     title = f"rounding weights to {config.weight_dtype}"

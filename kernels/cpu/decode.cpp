@@ -20,7 +20,7 @@ namespace {
 enum class Op : int64_t {
   embed, rms_norm, dense, sparse, sparse_integers, gate_up, gate_up_integers, gated, slice, attend,
   add, logits, mean_scale, topk_scale, group_of_three,
-  dense_integers, probe_scale, repeat
+  dense_integers, probe_scale, repeat, tracked_scale
 };
 
 constexpr const char* kActivations[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2"};
@@ -77,6 +77,8 @@ using Group = std::vector<Tensor>(const Tensor&, at::TensorList, at::TensorList,
 using MeanScale = Tensor(const Tensor&);
 using TopkScale = Tensor(const Tensor&, const Tensor&, int64_t);
 using ProbeScale = Tensor(const Tensor&, const Tensor&, double);
+using TrackedScale = Tensor(const Tensor&, const Tensor&, const Tensor&, double, double, Optional,
+                            Optional);
 
 // -------------------------------------------------------------------------------- the machine
 
@@ -238,6 +240,12 @@ class Machine {
         char* to = static_cast<char*>(out.mutable_data_ptr());
         for (int64_t i = 0; i < times; ++i) std::memcpy(to + i * bytes, x.const_data_ptr(), bytes);
         return out;
+      }
+      case Op::tracked_scale: {
+        static const auto f = library<TrackedScale>("wina::tracked_scale");
+        const Tensor &x = reg(), &threshold = constant(), &state = cache();
+        const double sparsity = number(), rate = number();
+        return f.call(x, threshold, state, sparsity, rate, optional_reg(), OptionalTensor());
       }
     }
     TORCH_CHECK(false, "wina::decode_step: no instruction ", static_cast<int64_t>(op));

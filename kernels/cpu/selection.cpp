@@ -1,4 +1,5 @@
-// Native CPU kernels for the factor of a token's thresholds: topk_scale, mean_scale, probe_scale.
+// Native CPU kernels for the factor of a token's thresholds: topk_scale, mean_scale, probe_scale,
+// tracked_scale.
 
 #include "common.h"
 
@@ -131,6 +132,95 @@ Tensor probe_scale(const Tensor& x, const Tensor& probe, double limit) {
   return scale;
 }
 
+// kernels/reference.py's TRACKED_TOKENS and TRACKED_LIMIT.
+constexpr int64_t kTrackedTokens = 16;
+constexpr float kTrackedLimit = 1.0f;
+
+// Channels of a token that are kept: not |x| <= threshold * factor.
+template <class T>
+int32_t count_kept(const T* x, const float* threshold, float factor, int64_t K) {
+  int32_t dropped = 0;
+  for (int64_t j = 0; j < K; ++j) {
+    const float cut = threshold[j] * factor;
+    const float bounded = cut > std::numeric_limits<float>::max() ? std::numeric_limits<float>::max()
+                                                                  : cut;
+    dropped += std::fabs(static_cast<float>(x[j])) <= bounded;
+  }
+  return static_cast<int32_t>(K) - dropped;
+}
+
+// The factors of a sequence's tokens; `scale` and `counted` may be null. Returns its new state.
+template <class T>
+float track(const T* x, const float* threshold, float state, float sparsity, float rate,
+            const float* scale, const bool* counted, int64_t tokens, int64_t K, float* out) {
+  for (int64_t first = 0; first < tokens; first += kTrackedTokens) {
+    const int64_t end = std::min(tokens, first + kTrackedTokens);
+    const float common = std::exp(state);
+    float surplus = 0.0f;
+    for (int64_t t = first; t < end; ++t) {
+      out[t] = scale ? scale[t] * common : common;
+      if (counted && !counted[t]) continue;
+      const int32_t kept = count_kept(x + t * K, threshold, out[t], K);
+      surplus += sparsity - 1.0f + static_cast<float>(kept) / static_cast<float>(K);
+    }
+    state = std::min(std::max(state + rate * surplus, -kTrackedLimit), kTrackedLimit);
+  }
+  return state;
+}
+
+Tensor tracked_scale(const Tensor& x, const Tensor& threshold, const Tensor& state, double sparsity,
+                     double rate, const OptionalTensor& scale, const OptionalTensor& counted) {
+  const char* op = "wina::tracked_scale";
+  check_input(op, x, false);
+  const int64_t K = x.size(-1), all = x.numel() / std::max<int64_t>(K, 1);
+  TORCH_CHECK(threshold.dim() == 1 && threshold.size(0) == K && threshold.is_cpu() &&
+                  threshold.scalar_type() == at::kFloat,
+              op, ": threshold must be [", K, "] float32 on the CPU, got ", threshold.sizes(), " ",
+              threshold.scalar_type());
+  TORCH_CHECK(state.dim() == 1 && state.numel() > 0 && state.is_contiguous() && state.is_cpu() &&
+                  state.scalar_type() == at::kFloat && all % state.numel() == 0,
+              op, ": state must be [sequences] float32 on the CPU for ", all, " tokens, got ",
+              state.sizes(), " ", state.scalar_type());
+  const auto fits = [&](const OptionalTensor& given, at::ScalarType type) {
+    return !given.has_value() || (given->sizes().equals(x.sizes().slice(0, x.dim() - 1)) &&
+                                  given->scalar_type() == type && given->is_cpu());
+  };
+  TORCH_CHECK(fits(scale, at::kFloat), op, ": scale must have a float32 for each token");
+  TORCH_CHECK(fits(counted, at::kBool), op, ": counted must have a boolean for each token");
+  TORCH_CHECK(0.0 <= sparsity && sparsity <= 1.0 && rate > 0.0, op,
+              ": sparsity lies in [0, 1] and rate is positive, got ", sparsity, " and ", rate);
+  const Tensor limit = threshold.contiguous();
+  const Tensor given = scale.has_value() ? scale->contiguous() : Tensor();
+  const Tensor which = counted.has_value() ? counted->contiguous() : Tensor();
+  const float* t = limit.const_data_ptr<float>();
+  const float* s = given.defined() ? given.const_data_ptr<float>() : nullptr;
+  const bool* c = which.defined() ? which.const_data_ptr<bool>() : nullptr;
+  Tensor out = one_a_token(x);
+  float* to = out.mutable_data_ptr<float>();
+  float* states = state.mutable_data_ptr<float>();
+  const int64_t tokens = all / state.numel();
+  const auto run = [&](const auto* rows) {
+    at::parallel_for(0, state.numel(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t at = b * tokens;
+        states[b] = track(rows + at * K, t, states[b], static_cast<float>(sparsity),
+                          static_cast<float>(rate), s ? s + at : nullptr, c ? c + at : nullptr,
+                          tokens, K, to + at);
+      }
+    });
+  };
+  const Tensor held = x.contiguous();
+  switch (x.scalar_type()) {
+    case at::kBFloat16: run(held.const_data_ptr<at::BFloat16>()); break;
+    case at::kHalf: run(held.const_data_ptr<at::Half>()); break;
+    default: {
+      const Tensor wide = held.to(at::kFloat);
+      run(wide.const_data_ptr<float>());
+    }
+  }
+  return out;
+}
+
 }  // namespace
 }  // namespace wina
 
@@ -138,4 +228,5 @@ TORCH_LIBRARY_IMPL(wina, CPU, m) {
   m.impl("mean_scale", TORCH_FN(wina::mean_scale));
   m.impl("probe_scale", TORCH_FN(wina::probe_scale));
   m.impl("topk_scale", TORCH_FN(wina::topk_scale));
+  m.impl("tracked_scale", TORCH_FN(wina::tracked_scale));
 }

@@ -136,6 +136,17 @@ def arguments_of(operator: Operator, draw: Draw) -> dict[str, Any]:
             return torch.randn(draw.K + 1) / math.sqrt(draw.K)
         if name == "limit":
             return draw.rng.choice((0.1, 0.5, 20.0))
+        if name == "state":
+            tokens = math.prod(draw.leading(x))
+            return torch.rand(draw.rng.choice([n for n in (1, 2, tokens) if tokens % n == 0])) - 0.5
+        if name == "sparsity":
+            return draw.rng.choice((0.0, 0.3, 1.0))
+        if name == "rate":
+            return (
+                1e-3  # a channel at the edge of a cut-off may be dropped by one and not the other
+            )
+        if name == "counted":
+            return draw.often(lambda: torch.rand(draw.leading(x)) < 0.5)
         raise SystemExit(
             f"wina::{operator.name} has a parameter {name!r} that tests/native/operator_calls.py "
             "cannot make: teach it"
@@ -196,6 +207,13 @@ def describe(arguments: Mapping[str, Any]) -> str:
     return str(shown)
 
 
+def copied(value: Any) -> Any:
+    """A copy of an argument that a call writes to."""
+    if isinstance(value, list):
+        return [copied(one) for one in value]
+    return value.clone() if torch.is_tensor(value) else value
+
+
 def run(calls: int, seed: int, threads: int) -> dict[str, int]:
     """Call every operator ``calls`` times; operator → calls made."""
     rng = random.Random(seed)
@@ -211,7 +229,9 @@ def run(calls: int, seed: int, threads: int) -> dict[str, int]:
                 arguments = program_of(draw)
             else:
                 arguments = arguments_of(operator, draw)
+            before = {name: copied(arguments[name]) for name in operator.mutates}
             got = call(**arguments)
+            arguments = {**arguments, **before}
             if not draw.special:
                 compare(operator, arguments, got, draw.dtype)
     return dict.fromkeys(OPERATORS, calls)

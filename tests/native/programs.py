@@ -70,9 +70,10 @@ class _Layer:
                 self._norm(name, name, D)
         R = 2 * rng.randint(0, D // 2)
         tables = (torch.randn(self.length, R), torch.randn(self.length, R)) if R else (None, None)
-        self.caches = [self.draw.normal(self.kv_heads, self.length, D) for _ in range(2)]
+        first = len(self.caches)
+        self.caches += [self.draw.normal(self.kv_heads, self.length, D) for _ in range(2)]
         self.builder.emit(
-            "attend", "a", "q", "k", "v", Cache(0), Cache(1), *tables, 1 / math.sqrt(D),
+            "attend", "a", "q", "k", "v", Cache(first), Cache(first + 1), *tables, 1 / math.sqrt(D),
             rng.choice((0.0, 5.0)), rng.choice((0, 1, 37)),
         )  # fmt: skip
         self._into_the_stream("a", self.heads * D)
@@ -159,6 +160,14 @@ class _Layer:
         return torch.rand(K) if self.draw.special else torch.full((K,), -1.0)
 
     def _scale(self, x: str, K: int, out: str) -> str | None:
+        own = self._own_scale(x, K, out)
+        if self.rng.random() < 0.7:
+            return own
+        self.caches.append(torch.zeros(1))
+        state = Cache(len(self.caches) - 1)
+        return self.builder.emit("tracked_scale", out, x, torch.rand(K), state, 0.5, 0.1, own)
+
+    def _own_scale(self, x: str, K: int, out: str) -> str | None:
         way = self.rng.randrange(4)
         if way == 1:
             return self.builder.emit("mean_scale", out, x)

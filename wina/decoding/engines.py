@@ -14,7 +14,7 @@ from torch import Tensor
 from wina.decoding.forms import UnrecognisedError
 from wina.decoding.head import AUTO, head_dtype, rounded_head
 from wina.decoding.tables import look
-from wina.decoding.writer import Program, decoder_of, write_program
+from wina.decoding.writer import Program, StateShape, decoder_of, write_program
 from wina.errors import ConfigError
 from wina.kernels import cpu
 from wina.kernels.program import bind
@@ -96,10 +96,16 @@ class OwnForward(Engine):
 
 @dataclass(frozen=True)
 class _Ready:
-    """A program and the memory that it writes to."""
+    """A program and the memory that it writes to.
+
+    Attributes:
+        keys_and_values: of each layer, in turn.
+        states: of cut-offs that follow the text; the dense step has others.
+    """
 
     program: Program
-    caches: list[Tensor]
+    keys_and_values: list[Tensor]
+    states: list[Tensor]
     length: int
     sparse: Callable[[int, int, Tensor | None], Tensor]
     dense: Callable[[int, int, Tensor | None], Tensor]
@@ -160,15 +166,18 @@ class Trimmed(Engine):
         seen = look(self.model, decoder_of(self.model), length)
         program = write_program(self.model, seen, self._head)
         like = self.model.get_input_embeddings().weight
-        caches = [
-            like.new_zeros(shape.kv_heads, length, shape.head_size, requires_grad=False)
-            for shape in program.caches
-        ]
+        caches = [shape.zeros(length, like) for shape in program.caches]
+        is_state = [isinstance(shape, StateShape) for shape in program.caches]
+        others = [c.clone() if own else c for c, own in zip(caches, is_state, strict=True)]
         sparse, dense = (
-            bind(program.code, program.numbers, constants, caches, program.outputs)
-            for constants in (program.constants, program.dense_constants)
-        )
-        self._ready = _Ready(program, caches, length, sparse, dense)
+            bind(program.code, program.numbers, constants, memory, program.outputs)
+            for constants, memory in (
+                (program.constants, caches), (program.dense_constants, others),
+            )
+        )  # fmt: skip
+        keys_and_values = [c for c, own in zip(caches, is_state, strict=True) if not own]
+        states = [c for c, own in zip(caches, is_state, strict=True) if own]
+        self._ready = _Ready(program, keys_and_values, states, length, sparse, dense)
 
     def fill(self, layers: Sequence[tuple[Tensor, ...]], count: int) -> None:
         """Take over keys and values of ``count`` tokens, of a window's last ones where it has one.
@@ -179,8 +188,10 @@ class Trimmed(Engine):
         """
         assert self._ready is not None
         flat = [tensor for pair in layers for tensor in pair]
-        for cache, tensor in zip(self._ready.caches, flat, strict=True):
+        for cache, tensor in zip(self._ready.keys_and_values, flat, strict=True):
             cache[:, count - tensor.shape[2] : count] = tensor[0]
+        for state in self._ready.states:
+            state.zero_()
         self._position = count
 
     def round_head(self, dtype: str) -> None:

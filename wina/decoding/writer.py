@@ -41,6 +41,18 @@ class CacheShape:
     kv_heads: int
     head_size: int
 
+    def zeros(self, length: int, like: Tensor) -> Tensor:
+        """One for so many tokens."""
+        return like.new_zeros(self.kv_heads, length, self.head_size, requires_grad=False)
+
+
+class StateShape:
+    """How far the cut-off of one projection has moved: [1]."""
+
+    def zeros(self, length: int, like: Tensor) -> Tensor:
+        """One that has not moved."""
+        return torch.zeros(1, device=like.device)
+
 
 @dataclass(frozen=True)
 class Program:
@@ -50,7 +62,7 @@ class Program:
         code, numbers: see :func:`wina.kernels.program.decode_step`.
         constants: with the calibrated thresholds.
         dense_constants: with thresholds that keep every channel.
-        caches: of each layer.
+        caches: what tokens leave behind: each layer's keys, then its values, and states between.
         outputs: the vocabulary's size.
     """
 
@@ -58,7 +70,7 @@ class Program:
     numbers: Tensor
     constants: list[Tensor]
     dense_constants: list[Tensor]
-    caches: list[CacheShape]
+    caches: list[CacheShape | StateShape]
     outputs: int
 
 
@@ -96,7 +108,7 @@ class _Writer:
         self.decoder: Any = decoder_of(model)
         self.seen = seen
         self.program = Builder(_HIDDEN)
-        self.caches: list[CacheShape] = []
+        self.caches: list[CacheShape | StateShape] = []
         self.keep_all: dict[int, Tensor] = {}  # id of a threshold → its dense stand-in
 
     def write(self) -> Program:
@@ -206,7 +218,7 @@ class _Writer:
                 part
                 for projection, scale in zip(projections, "stu", strict=True)
                 for part in (_k_major(projection), self._threshold(projection),
-                             self._bias(projection), self._scale(projection, x, scale))
+                             self._bias(projection), self._scale(projection, x, scale, x))
             ]  # fmt: skip
             self.program.emit("group_of_three", names[0], x, *operands)
             return list(names)
@@ -242,8 +254,9 @@ class _Writer:
                 "dense", out, x, linear.weight.detach(), _bias(linear), None, None, residual
             )
         threshold = self._threshold(linear)
-        bias, scale = self._bias(linear), self._scale(linear, x, "s")
-        x = repeated or self._repeated(linear, x)
+        wide = repeated or self._repeated(linear, x)
+        bias, scale = self._bias(linear), self._scale(linear, x, "s", wide)
+        x = wide
         if linear.choice.backend.masked_rows:
             drops = bool((threshold >= 0).any())  # else nothing is, whatever the scale
             mask = (threshold, scale) if drops else (None, None)
@@ -259,15 +272,15 @@ class _Writer:
     def _gate_up(
         self, out: str, x: str, gate: SparseLinear, up: SparseLinear, activation: int
     ) -> None:
+        wide = self._repeated(gate, x)
         tail = (
             self._threshold(gate), self._threshold(up), activation,
             self._bias(gate), self._bias(up),
-            self._scale(gate, x, "s"), self._scale(up, x, "t"),
+            self._scale(gate, x, "s", wide), self._scale(up, x, "t", wide),
         )  # fmt: skip
         if isinstance(gate, QuantizedSparseLinear) and isinstance(up, QuantizedSparseLinear):
-            x = self._repeated(gate, x)
             self.program.emit(
-                "gate_up_integers", out, x, gate.packed, gate.scales, up.packed, up.scales,
+                "gate_up_integers", out, wide, gate.packed, gate.scales, up.packed, up.scales,
                 gate.out_features, gate.bits, *tail,
             )  # fmt: skip
         else:
@@ -293,13 +306,21 @@ class _Writer:
         self.keep_all[id(shifted)] = torch.zeros_like(shifted) if bias is None else bias
         return shifted
 
-    def _scale(self, linear: SparseLinear, x: str, out: str) -> str | None:
+    def _scale(self, linear: SparseLinear, x: str, out: str, wide: str) -> str | None:
+        """The register of a token's factor; ``wide`` is x as the planes of the weight read it."""
         scale = _SCALES.get(type(linear.selector))
         if scale is None:
             raise UnrecognisedError(
                 f"no instruction for the selector {type(linear.selector).__name__}"
             )
-        return scale(self.program, linear, x, out)
+        own = scale(self.program, linear, x, out)
+        if linear.tracked is None:
+            return own
+        self.caches.append(StateShape())
+        return self.program.emit(
+            "tracked_scale", out, wide, linear.threshold, Cache(len(self.caches) - 1),
+            linear.sparsity, linear.control.tracking, own,
+        )  # fmt: skip
 
 
 def _topk(program: Builder, linear: SparseLinear, x: str, out: str) -> str:

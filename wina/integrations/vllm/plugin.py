@@ -178,6 +178,7 @@ def _refuse_unserved(plan: SparsityPlan) -> None:
         ("rotation", plan.rotation, NO_ROTATION),
         ("weight_dtype", config.weight_dtype, None),
         ("head", config.head, "dense"),
+        ("tracking", config.tracking, 0.0),
         ("method", config.method if METHODS[config.method].gate_mask else None, None),
     ):
         if found != served:
