@@ -23,7 +23,7 @@ from wina.bench.budget import Budget
 from wina.bench.card import copy_bandwidth, require_card
 from wina.bench.gpu_check import check_kernels
 from wina.bench.gpu_decode import bench_steps, fits, model_on
-from wina.bench.gpu_operators import CALLS, bench_operators, bench_scales
+from wina.bench.gpu_operators import CALLS, SCALES, bench_operators, bench_scales
 from wina.bench.gpu_quantized import bench_quantized, check_quantized_kernels
 from wina.bench.machine import machine_card
 from wina.errors import WinaError
@@ -75,7 +75,7 @@ def print_gpu(rows: Sequence[dict[str, Any]], compared: int, left_out: Sequence[
     console.print(f"{compared} calls equal the definition", highlight=False)
     for title, columns, kernels in (
         ("decode steps, compiled and replayed from a CUDA graph", _STEPS, ("decode step",)),
-        ("per-token cut-offs, one token", _SCALES, ("topk_scale", "mean_scale", "probe_scale")),
+        ("per-token cut-offs, one token", _SCALES, SCALES),
         (
             "integer weights, cold, one token",
             _QUANTIZED,

@@ -75,13 +75,20 @@ def _check_scales(x: Tensor, threshold: Tensor, name: str) -> int:
     probe = torch.cat([threshold / K, threshold[:1]])
     factor, want = ops.probe_scale(x, probe, 0.5), reference.probe_scale(x.float(), probe, 0.5)
     compare(f"probe_scale of {name}", factor, want, 1e-5 * want)
+    states = [torch.full((len(x),), 0.2, device=x.device) for _ in range(2)]
+    factor = ops.tracked_scale(x[:, None], threshold, states[0], 0.5, 0.1)
+    want = reference.tracked_scale(x[:, None], threshold, states[1], 0.5, 0.1)
+    compare(f"tracked_scale of {name}", factor, want, 1e-5 * want)
+    # A channel at the edge of the cut-off may be dropped by one and not by the other.
+    allowed = torch.full_like(states[1], 1e-5 + 0.1 / K)
+    compare(f"the state of tracked_scale of {name}", states[0], states[1], allowed)
     if K == 1:
-        return 2
+        return 4
     for dropped in {1, K // 2 or 1, K - 1}:
         cut = reference.topk_scale(x, threshold, dropped)
         compare(f"topk_scale ({dropped} dropped) of {name}", ops.topk_scale(x, threshold, dropped),
                  cut, torch.zeros_like(cut))  # fmt: skip
-    return 3
+    return 5
 
 
 def _odd_calls() -> Iterator[tuple[int, int, int, torch.dtype, float]]:

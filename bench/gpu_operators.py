@@ -20,6 +20,7 @@ TOKENS = (1, 2, 4, 8, 16)
 SPARSITIES = (0.0, 0.25, 0.4, 0.5, 0.65)
 # Hidden sizes and widths of MLPs whose per-token cut-offs are timed.
 CHANNELS = (2048, 4096, 14336, 18944)
+SCALES = ("topk_scale", "mean_scale", "probe_scale", "tracked_scale")
 # Seconds that one row of calls, and a compilation of the dense product, may take.
 _ROW_S = 6.0
 _COMPILE_S = 25.0
@@ -214,6 +215,11 @@ def bench_scales(device: torch.device, budget: Budget) -> list[dict[str, Any]]:
                 ops.probe_scale,
                 reference.probe_scale,
                 (x, torch.randn(K + 1, device=device), 0.5),
+            ),
+            "tracked_scale": (
+                ops.tracked_scale,
+                reference.tracked_scale,
+                (x, threshold, torch.zeros(1, device=device), 0.5, 0.02),
             ),
         }
         for kernel, (own, definition, arguments) in ways.items():

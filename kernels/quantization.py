@@ -33,8 +33,8 @@ from wina.errors import ConfigError
 
 GROUP = 128
 LINE = 64  # bytes of a cache line
-# Weights rounded at a time: bounds the float32 copies, which a CPU reads and writes some sixty times,
-# from its second cache if they fit; elsewhere every pass is a launch.
+# Weights rounded at a time: bounds the float32 copies. A CPU reads and writes them some sixty
+# times, from its second cache if they fit; elsewhere every pass is a launch.
 _CHUNK = {"cpu": 1 << 17}
 _USUAL_CHUNK = 1 << 22
 # Clipping further makes a first plane 1 to 2 % better, both planes 30 to 60 % worse

@@ -215,9 +215,9 @@ def tracked_scale(
     """Factors that keep the share of dropped channels at ``sparsity`` on the text at hand.
 
     Each sequence has a factor exp(s) of its thresholds. A token that drops a share d moves s by
-    rate·(sparsity − d), s within ±:data:`TRACKED_LIMIT`; in forwards of several tokens s moves after
-    every :data:`TRACKED_TOKENS` of them, by their sum. This is the stochastic approximation of a
-    quantile (Robbins and Monro 1951, Equation 6, with a step that stays, since texts change). A
+    rate·(sparsity − d), s within ±:data:`TRACKED_LIMIT`; in a forward of several tokens s moves
+    after every :data:`TRACKED_TOKENS` of them, by their sum. This is the stochastic approximation
+    of a quantile (Robbins and Monro 1951) with a step that stays, since texts change. A
     sequence of T tokens whose s ends at s_T has dropped sparsity − s_T/(rate·T) in the mean.
 
     Args:

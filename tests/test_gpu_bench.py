@@ -51,9 +51,7 @@ def test_right_operators_pass_the_gate() -> None:
 
 
 @pytest.mark.usefixtures("few_calls")
-@pytest.mark.parametrize(
-    "name", ["sparse_linear", "sparse_gate_up", "mean_scale", "topk_scale", "probe_scale"]
-)
+@pytest.mark.parametrize("name", ["sparse_linear", "sparse_gate_up", *gpu_operators.SCALES])
 def test_a_wrong_operator_stops_the_run(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     right = getattr(ops, name)
     monkeypatch.setattr(ops, name, lambda *a: right(*a) * 1.02)
@@ -142,7 +140,7 @@ def test_rows_and_tables(
         rows = gpu_operators.bench_operators(CPU, 1e12, budget, TINY, show_progress=False)
         scales = gpu_operators.bench_scales(CPU, budget)
     assert len(rows) == 3 * len(gpu_operators.TOKENS) * len(gpu_operators.SPARSITIES)
-    assert [row["kernel"] for row in scales] == ["topk_scale", "mean_scale", "probe_scale"]
+    assert [row["kernel"] for row in scales] == list(gpu_operators.SCALES)
     half = {r["kernel"]: r for r in rows if (r["tokens"], r["sparsity"]) == (1, 0.5)}
     assert half["sparse_linear"]["kept_bytes"] == 16 * 64 * 2
     assert half["sparse_linear"]["speedup_vs_teal_style"] == 1

@@ -27,6 +27,7 @@ from wina.cli_options import (
     Model,
     Sparsity,
     Text,
+    Tracking,
     Trust,
     WeightDtype,
     documents_of,
@@ -144,6 +145,7 @@ def calibrate(
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
     head: Head = "dense",
+    tracking: Tracking = 0.0,
     rounding: Annotated[
         str | None,
         typer.Option(
@@ -184,6 +186,7 @@ def calibrate(
         weight_dtype=weight_dtype,
         rounding=rounding,
         head=head,
+        tracking=tracking,
     )
     loaded, tokenizer = load_model(model, dtype, trust_remote_code, offload=offload)
     texts = documents_of(text)
@@ -233,6 +236,7 @@ def export(
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
     head: Head = "dense",
+    tracking: Tracking = 0.0,
     json_output: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -250,7 +254,11 @@ def export(
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     if plan is None:
         config = wina.SparsityConfig(
-            method=method, sparsity=sparsity, weight_dtype=weight_dtype, head=head
+            method=method,
+            sparsity=sparsity,
+            weight_dtype=weight_dtype,
+            head=head,
+            tracking=tracking,
         )
         give_rotation(loaded, config.rotation_spec, tokenizer)
         found = wina.calibrate(loaded, tokenizer, config)
@@ -264,6 +272,7 @@ def export(
     if plan is None:
         options |= {"--method": method, "--sparsity": sparsity, "--weight-dtype": weight_dtype}
         options |= {} if head == "dense" else {"--head": head}
+        options |= {"--tracking": tracking} if tracking else {}
     words = [str(w) for pair in options.items() if pair[1] is not None for w in pair]
     command = shlex.join(["wina", "export", output.name, *words, *["--measure"] * measure])
     write(loaded, tokenizer, output, model, command, figures)
@@ -375,6 +384,7 @@ def generate(
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
     head: Head = "dense",
+    tracking: Tracking = 0.0,
     head_dtype: HeadDtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -387,7 +397,7 @@ def generate(
     from wina.decoding.command import Request, run
 
     request = Request(
-        prompt, model, plan, method, sparsity, dtype, weight_dtype, head, head_dtype,
+        prompt, model, plan, method, sparsity, dtype, weight_dtype, head, tracking, head_dtype,
         trust_remote_code,
         stream and not json_output, json_output, seed,
         {

@@ -78,6 +78,7 @@ KERNELS = {
     "topk_scale": Kernel(selection.topk_scale_kernel, 0),
     "mean_scale": Kernel(selection.mean_scale_kernel, 0),
     "probe_scale": Kernel(selection.probe_scale_kernel, 0),
+    "tracked_scale": Kernel(selection.tracked_scale_kernel, 0, ("own_ptr",)),
 }
 
 
@@ -158,8 +159,9 @@ def variants(thorough: bool) -> Iterator[Variant]:
         every = thorough and dtype == "bfloat16"
         for channels in (576, 4096, selection.MAX_CHANNELS)[0 if every else 2 :]:
             _, block, warps = selection.tile_of(channels)
-            for kernel in ("topk_scale", "mean_scale", "probe_scale"):
-                yield Variant(kernel, dtype, True, Launch(0, block, warps, 1))
+            for kernel in ("topk_scale", "mean_scale", "probe_scale", "tracked_scale"):
+                launch, extras = Launch(0, block, warps, 1), kernel == "tracked_scale"
+                yield Variant(kernel, dtype, True, launch, extras=extras)
 
 
 def _products(dtype: str, weights: str | None, many: bool, thorough: bool) -> Iterator[Variant]:
@@ -211,10 +213,10 @@ def _arguments(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, str]]:
             types[name] = "constexpr"
         elif name.endswith("_ptr"):
             integer = name in _SCALES or (bits and name in _WEIGHTS)
-            float32 = re.search(r"(^|_)t\d?_ptr|scale|partial", name)
+            float32 = re.search(r"(^|_)t\d?_ptr|scale|partial|probe|state|own", name)
             types[name] = "*i32" if integer else "*fp32" if float32 else pointer
         else:
-            types[name] = "i32"
+            types[name] = "fp32" if name in ("limit", "sparsity", "rate") else "i32"
     return kernel.function, constants, types
 
 

@@ -36,6 +36,7 @@ def register(key: str = "CUDA") -> None:
     ops.register("topk_scale", key, _topk_scale, lambda a: has_selection(a.x))
     ops.register("mean_scale", key, _mean_scale, lambda a: has_selection(a.x))
     ops.register("probe_scale", key, _probe_scale, lambda a: has_selection(a.x))
+    ops.register("tracked_scale", key, _tracked_scale, _is_one_token_each)
 
 
 def has_kernel(x: Tensor, *weights: Tensor) -> bool:
@@ -52,6 +53,12 @@ def has_kernel(x: Tensor, *weights: Tensor) -> bool:
 def has_selection(x: Tensor) -> bool:
     """Whether the tokens of x [..., K] have a kernel that finds their scale."""
     return x.numel() > 0 and x.dtype in DTYPES and x.shape[-1] <= selection.MAX_CHANNELS
+
+
+def _is_one_token_each(a: Arguments) -> bool:
+    """Whether every sequence that is followed has one token, as while decoding."""
+    one_each = a.x.shape[:-1].numel() == len(a.state)
+    return one_each and a.counted is None and a.state.is_contiguous() and has_selection(a.x)
 
 
 def _sparse_linear(a: Arguments) -> Tensor:
@@ -157,6 +164,14 @@ def _mean_scale(a: Arguments) -> Tensor:
 def _probe_scale(a: Arguments) -> Tensor:
     with torch.cuda.device(a.x.device):
         scale = selection.launch_probe(_tokens(a.x), a.probe.contiguous(), a.limit)
+    return scale.view(a.x.shape[:-1])
+
+
+def _tracked_scale(a: Arguments) -> Tensor:
+    with torch.cuda.device(a.x.device):
+        scale = selection.launch_tracked(
+            _tokens(a.x), a.threshold.contiguous(), a.state, a.sparsity, a.rate, _per_token(a.scale)
+        )
     return scale.view(a.x.shape[:-1])
 
 

@@ -1,4 +1,4 @@
-"""topk_scale, mean_scale and probe_scale: the factor of a token's thresholds.
+"""topk_scale, mean_scale, probe_scale and tracked_scale: the factor of a token's thresholds.
 
 One program a token, no sort.
 
@@ -14,11 +14,14 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
+from wina.kernels import reference
+from wina.kernels.triton.tile import kept
 
 # Channels that a program holds in registers.
 MAX_CHANNELS = 32768
 _CHANNELS_PER_WARP = 1024
 _MAX_WARPS = 32
+TRACKED_LIMIT = tl.constexpr(reference.TRACKED_LIMIT)
 
 
 @triton.jit
@@ -81,6 +84,31 @@ def probe_scale_kernel(
     tl.store(scale_ptr + token, tl.exp(exponent))
 
 
+@triton.jit(do_not_specialize=["k_units", "sparsity", "rate"])
+def tracked_scale_kernel(
+    x_ptr, t_ptr, state_ptr, own_ptr, scale_ptr, k_units, sparsity, rate,
+    K_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence, of which this is one token): its factor, and its state moved."""
+    K = k_units * K_ALIGN
+    token = tl.program_id(0)
+    ks = tl.arange(0, BLOCK)
+    inside = ks < K
+    state = tl.load(state_ptr + token)
+    factor = tl.exp(state)
+    if own_ptr is not None:
+        factor *= tl.load(own_ptr + token)
+    x = tl.load(x_ptr + token.to(tl.int64) * K + ks, mask=inside, other=0.0).to(tl.float32)
+    t = tl.load(t_ptr + ks, mask=inside, other=float("inf"))
+    keep = inside & kept(x, t * factor)
+    share = tl.sum(keep.to(tl.int32), axis=0).to(tl.float32) / K.to(tl.float32)
+    state += rate * (sparsity - 1.0 + share)
+    state = tl.where(state > TRACKED_LIMIT, TRACKED_LIMIT, state)
+    state = tl.where(state < -TRACKED_LIMIT, -TRACKED_LIMIT, state)
+    tl.store(state_ptr + token, state)
+    tl.store(scale_ptr + token, factor)
+
+
 def launch_topk(x: Tensor, threshold: Tensor, dropped: int) -> Tensor:
     """[T] float32: the cut-offs of x [T, K], contiguous, by scores |x|/threshold [K]."""
     T, K = x.shape
@@ -109,6 +137,28 @@ def launch_probe(x: Tensor, probe: Tensor, limit: float) -> Tensor:
     probe_scale_kernel[(T,)](
         x, probe, scale, K // align, limit, K_ALIGN=align, BLOCK=block, num_warps=warps
     )
+    return scale
+
+
+def launch_tracked(
+    x: Tensor, threshold: Tensor, state: Tensor, sparsity: float, rate: float, own: Tensor | None
+) -> Tensor:
+    """[B] float32: the factors of x [B, K], contiguous, a token each of B sequences.
+
+    Args:
+        x: hidden states.
+        threshold: [K] float32.
+        state: [B] float32, contiguous; written to.
+        sparsity, rate: see :func:`wina.kernels.reference.tracked_scale`.
+        own: factors [B] float32 of another rule, or None.
+    """
+    T, K = x.shape
+    scale = torch.empty(T, dtype=torch.float32, device=x.device)
+    align, block, warps = tile_of(K)
+    tracked_scale_kernel[(T,)](
+        x, threshold, state, own, scale, K // align, sparsity, rate, K_ALIGN=align, BLOCK=block,
+        num_warps=warps,
+    )  # fmt: skip
     return scale
 
 

@@ -38,6 +38,7 @@ class Request:
     dtype: str
     weight_dtype: str | None
     head: str
+    tracking: float
     head_dtype: str
     trust: bool
     stream: bool
@@ -67,6 +68,7 @@ def run(request: Request) -> Decoded:
                 sparsity=request.sparsity,
                 weight_dtype=request.weight_dtype,
                 head=request.head,
+                tracking=request.tracking,
             )
         )
         rotation = plan.rotation if isinstance(plan, SparsityPlan) else plan.rotation_spec

@@ -34,7 +34,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     for module, name in (
         (sparse_linear, "launch"), (group, "launch"), (selection, "launch_topk"),
-        (selection, "launch_mean"), (selection, "launch_probe"),
+        (selection, "launch_mean"), (selection, "launch_probe"), (selection, "launch_tracked"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, noting(seen, getattr(module, name)))
     return seen
@@ -85,7 +85,15 @@ def test_scales(launches: list[str]) -> None:
     torch.testing.assert_close(ops.mean_scale(x), reference.mean_scale(x))
     probe = torch.randn(x.shape[-1] + 1) / 8
     torch.testing.assert_close(ops.probe_scale(x, probe, 0.5), reference.probe_scale(x, probe, 0.5))
-    assert launches == ["selection.launch_topk", "selection.launch_mean", "selection.launch_probe"]
+    states = [torch.zeros(6), torch.zeros(6)]
+    got = ops.tracked_scale(x.view(6, 1, 70), threshold, states[0], 0.5, 0.1)
+    want = reference.tracked_scale(x.view(6, 1, 70), threshold, states[1], 0.5, 0.1)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*states)
+    assert launches == [
+        "selection.launch_topk", "selection.launch_mean", "selection.launch_probe",
+        "selection.launch_tracked",
+    ]  # fmt: skip
 
 
 def test_calls_without_a_kernel_get_the_definition(
@@ -103,6 +111,7 @@ def test_calls_without_a_kernel_get_the_definition(
     assert ops.mean_scale(x).shape == (17,)
     assert ops.topk_scale(x, threshold, 3).shape == (17,)
     assert ops.probe_scale(x, torch.zeros(33), 0.5).tolist() == [1.0] * 17
+    assert ops.tracked_scale(x, threshold, torch.zeros(1), 0.5, 0.1).shape == (17,)
     assert launches == []
 
 
@@ -119,13 +128,15 @@ def test_opcheck(extras: bool, launches: list[str]) -> None:
     torch.library.opcheck(ops.topk_scale, (x, thresholds[0].abs(), 7))
     torch.library.opcheck(ops.mean_scale, (x,))
     torch.library.opcheck(ops.probe_scale, (x, torch.randn(33), 0.5))
+    tracked = (x[:, None], thresholds[0], torch.zeros(2), 0.5, 0.1)
+    torch.library.opcheck(ops.tracked_scale, tracked)
     torch.library.opcheck(
         ops.sparse_gate_up,
         (x, weights[0], weights[0], thresholds[0], thresholds[0], "silu", bias, bias, scale),
     )
     assert set(launches) == {
         "sparse_linear.launch", "group.launch", "selection.launch_topk", "selection.launch_mean",
-        "selection.launch_probe",
+        "selection.launch_probe", "selection.launch_tracked",
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from operator_cases import DTYPES
 from torch import Tensor
 
 from wina.kernels import reference
-from wina.kernels.triton.selection import launch_mean, launch_probe, launch_topk
+from wina.kernels.triton.selection import launch_mean, launch_probe, launch_topk, launch_tracked
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -85,6 +85,29 @@ def test_probe(K: int, dtype: torch.dtype) -> None:
     probe = torch.randn(K + 1, generator=torch.Generator().manual_seed(K)) / K**0.5
     want = reference.probe_scale(x, probe, 0.5)
     torch.testing.assert_close(launch_probe(x, probe, 0.5), want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("K", [1, 5, 64, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tracked(K: int, dtype: torch.dtype, own: bool) -> None:
+    x, threshold = token(3, K, dtype)
+    scale = torch.rand(3) + 0.5 if own else None
+    states = [torch.tensor([0.0, 0.7, -0.999]) for _ in range(2)]
+    got = launch_tracked(x, threshold, states[0], 0.3, 0.5, scale)
+    own_3d = None if scale is None else scale[:, None]
+    want = reference.tracked_scale(x[:, None], threshold, states[1], 0.3, 0.5, own_3d)
+    torch.testing.assert_close(got, want[:, 0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=1e-5)
+
+
+def test_tracked_keeps_nan_and_is_bounded() -> None:
+    x = torch.full((1, 8), torch.nan)
+    state = torch.tensor([0.99])
+    launch_tracked(x, torch.ones(8), state, 1.0, 1.0, None)  # all are kept: the cut-off rises
+    assert state.tolist() == [1.0]
+    launch_tracked(torch.zeros(1, 8), torch.ones(8), state.neg_(), 0.0, 1.0, None)
+    assert state.tolist() == [-1.0]
 
 
 def test_probe_shows_nan_and_is_limited() -> None:
