@@ -18,7 +18,7 @@ from torch import Tensor
 from wina.errors import WinaError
 from wina.eval.harness import HarnessTask, evaluate, read_metrics
 from wina.eval.measurement import EvalTask, Settings
-from wina.plan import JSON_FILE
+from wina.plan_file import JSON_FILE
 from wina.saving import PLAN_FOLDER, QUANT_METHOD
 
 

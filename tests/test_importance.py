@@ -18,6 +18,7 @@ from wina.importance import TokenImportance
 from wina.kernels import ops, reference
 from wina.kernels.reference import keep_mask
 from wina.plan import SparsityPlan
+from wina.plan_file import document_of, parse
 from wina.projections import find_projections
 from wina.registry import create
 from wina.selectors import SELECTORS, Importance
@@ -312,14 +313,14 @@ def test_plans_name_the_selector_that_weighs_tokens(llama: nn.Module, tmp_path: 
     loaded = SparsityPlan.load(plan.save(tmp_path / "new"))
     assert loaded.config.selector == "importance"
     old = replace(plan, config=replace(plan.config, selector="threshold"))
-    document = old._document("")
+    document = document_of(old, "")
     document["config"]["selector"] = None
     tensors = {
         f"{name}.{leaf}": getattr(layer, leaf)
         for name, layer in plan.layers.items()
         for leaf in ("threshold", "sample")
     }
-    assert SparsityPlan._parse(document, tensors).config.selector_spec == "threshold"
+    assert parse(document, tensors).config.selector_spec == "threshold"
 
 
 def test_projections_that_read_one_hidden_state_share_the_regression() -> None:

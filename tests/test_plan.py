@@ -17,7 +17,7 @@ from torch import nn
 import wina
 from wina.errors import PlanError
 from wina.patch import is_patched
-from wina.plan import JSON_FILE, TENSOR_FILE, _digest
+from wina.plan_file import JSON_FILE, TENSOR_FILE, digest
 from wina.testing import tiny_model
 
 
@@ -65,7 +65,7 @@ def edit(change: Callable[[dict], None], seal: bool = True) -> Callable[[Path], 
         change(document)
         if seal:
             document.pop("sha256")
-            document["sha256"] = _digest(document)
+            document["sha256"] = digest(document)
         path.write_text(json.dumps(document))
 
     return apply

@@ -1,47 +1,30 @@
 """The result of calibration: which channels of which projection may be skipped.
 
-A plan is a folder with ``plan.json`` (readable) and ``plan.safetensors`` (thresholds,
-corrections, and the weight samples that tell for which model they were made). Nothing else is read
-or executed.
+:mod:`wina.plan_file` writes it down.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as safetensors_load
-from safetensors.torch import save as safetensors_save
 from torch import Tensor, nn
 
 import wina.projections as projections_module
 from wina.config import SparsityConfig
 from wina.corrections import Terms
-from wina.errors import PlanError, WinaError
+from wina.errors import PlanError
 from wina.experts import recognise_experts
-from wina.files import read_json, write_together
-from wina.kernels.quantization import QuantizedWeight, check_layout
-from wina.methods import METHODS
+from wina.kernels.quantization import QuantizedWeight
 from wina.projections import Projection
-from wina.registry import create
 from wina.rotation import NO_ROTATION, rotation_of
-from wina.selectors import SELECTORS
-
-FORMAT = "wina-plan"
-VERSION = 2
-JSON_FILE = "plan.json"
-TENSOR_FILE = "plan.safetensors"
 
 _SAMPLES = 16
-_EXPERT_TENSORS = ("cutoff", "threshold", "tokens", "sample")
 _OTHER_WEIGHTS = (
     "{} has other weights than the model this plan was made for: calibrate this model and use its "
     "own plan"
@@ -227,189 +210,20 @@ class SparsityPlan:
         """Write the plan into ``folder`` (made if missing). A previous plan is replaced at once
         or, if writing fails, not at all.
         """
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for name, layer in self.layers.items():
-            tensors[f"{name}.threshold"] = layer.threshold.contiguous()
-            tensors[f"{name}.sample"] = layer.sample.contiguous()
-            for term, tensor in layer.terms.tensors().items():
-                tensors[f"{name}.correction.{term}"] = tensor.contiguous()
-            if layer.probe is not None:
-                tensors[f"{name}.probe"] = layer.probe.contiguous()
-            if layer.weight is not None:
-                tensors[f"{name}.packed"] = layer.weight.packed
-                tensors[f"{name}.scales"] = layer.weight.scales
-        for name, experts in self.experts.items():
-            for key in _EXPERT_TENSORS:
-                tensors[f"{name}.{key}"] = getattr(experts, key).contiguous()
-        blob = safetensors_save(tensors)
-        document = self._document(hashlib.sha256(blob).hexdigest())
-        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-        # The JSON names the tensors by their hash, so a crash between the two renames is noticed
-        # when loading instead of giving a mixture.
-        write_together({path / TENSOR_FILE: blob, path / JSON_FILE: text.encode()})
-        return path
+        from wina.plan_file import write
 
-    def _document(self, tensor_hash: str) -> dict[str, Any]:
-        document: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "model_type": self.model_type,
-            "config": self.config.record(),
-            "calibration": dict(self.calibration),
-            "realised": self.realised,
-            "projections": [
-                {
-                    "name": layer.projection.name,
-                    "block": layer.projection.block,
-                    "group": layer.projection.group,
-                    "in_features": layer.projection.in_features,
-                    "out_features": layer.projection.out_features,
-                    "sparsity": layer.sparsity,
-                    "realised": layer.realised,
-                    "cutoff": layer.cutoff,
-                }
-                for layer in self.layers.values()
-            ],
-            "tensors_sha256": tensor_hash,
-        }
-        if self.experts:
-            document["experts"] = [
-                {
-                    **asdict(layer.projection),
-                    "experts": len(layer.threshold),
-                    "sparsity": layer.sparsity,
-                    "realised": layer.realised,
-                }
-                for layer in self.experts.values()
-            ]
-        document["sha256"] = _digest(document)
-        return document
+        return write(self, Path(folder))
 
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> SparsityPlan:
+    @staticmethod
+    def load(folder: str | os.PathLike[str]) -> SparsityPlan:
         """Read a plan folder.
 
         Raises:
             PlanError: missing, truncated, altered, or of an unknown version.
         """
-        path = Path(folder)
-        try:
-            document = read_json(path / JSON_FILE)
-            blob = (path / TENSOR_FILE).read_bytes()
-        except OSError as error:
-            raise PlanError(
-                f"{path} is no plan folder: {error.strerror} ({error.filename})"
-            ) from None
-        except ValueError:
-            raise PlanError(f"{path / JSON_FILE} is not JSON: truncated or altered") from None
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise PlanError(f"{path / JSON_FILE} is not a {FORMAT} file")
-        if document.get("version") != VERSION:
-            raise PlanError(
-                f"{path / JSON_FILE} has version {document.get('version')!r}; this wina reads "
-                f"version {VERSION}. Calibrate again, or use the wina that wrote it."
-            )
-        if document.pop("sha256", None) != _digest(document):
-            raise PlanError(f"{path / JSON_FILE} was altered: its checksum does not fit")
-        if document.get("tensors_sha256") != hashlib.sha256(blob).hexdigest():
-            raise PlanError(f"{path / TENSOR_FILE} was altered or belongs to another plan")
-        try:
-            return cls._parse(document, safetensors_load(blob))
-        except (KeyError, TypeError, ValueError, SafetensorError, WinaError) as error:
-            raise PlanError(f"{path} is malformed: {error}") from error
+        from wina.plan_file import read
 
-    @classmethod
-    def _parse(cls, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SparsityPlan:
-        config = _parse_config(document["config"])
-        layers = {}
-        for row in document["projections"]:
-            name = _typed(row, "name", str)
-            projection = Projection(
-                name=name,
-                block=_typed(row, "block", int),
-                group=_typed(row, "group", str),
-                in_features=_typed(row, "in_features", int),
-                out_features=_typed(row, "out_features", int),
-            )
-            if name in layers:
-                raise PlanError(f"projections names {name} twice")
-            terms = Terms.stored(tensors, f"{name}.correction.")
-            terms.check(name, projection.in_features, projection.out_features)
-            layers[name] = ProjectionPlan(
-                projection=projection,
-                sparsity=_share(row, "sparsity"),
-                realised=_share(row, "realised"),
-                cutoff=float(_typed(row, "cutoff", (int, float))),
-                threshold=tensors[f"{name}.threshold"],
-                sample=tensors[f"{name}.sample"],
-                terms=terms,
-                probe=tensors.get(f"{name}.probe"),
-                weight=_parse_weight(projection, config, tensors),
-            )
-            layers[name].check(config.planes)
-        return cls(
-            config=config,
-            model_type=_typed(document, "model_type", str),
-            calibration=_typed(document, "calibration", dict),
-            layers=layers,
-            experts={
-                row["name"]: _parse_experts(row, tensors) for row in document.get("experts", ())
-            },
-        )
-
-
-def _parse_config(settings: Mapping[str, Any]) -> SparsityConfig:
-    """The settings; plans of before :mod:`wina.rounding` were made for weights rounded plainly,
-    and those that name no selector have one cut-off for all tokens, whatever the method has now.
-    """
-    if isinstance(settings, Mapping) and settings.get("selector") is None:
-        method = settings.get("method")
-        if (
-            isinstance(method, str)
-            and method in METHODS
-            and create(SELECTORS, METHODS[method].selector).weighs_tokens
-        ):
-            settings = {**settings, "selector": "threshold"}
-    if isinstance(settings, Mapping) and settings.get("weight_dtype") is not None:
-        settings = {"rounding": "nearest", **settings}
-    return SparsityConfig.from_dict(settings)
-
-
-def _parse_weight(
-    projection: Projection, config: SparsityConfig, tensors: Mapping[str, Tensor]
-) -> QuantizedWeight | None:
-    rounding = config.make_rounding()
-    if config.kept_as is None or rounding is None:
-        return None
-    if not rounding.looks and f"{projection.name}.packed" not in tensors:
-        return None
-    packed, scales = (tensors[f"{projection.name}.{leaf}"] for leaf in ("packed", "scales"))
-    rows, bits = config.planes * projection.in_features, config.kept_as.format.bits
-    try:
-        check_layout(packed, scales, rows, projection.out_features, bits)
-    except ValueError as error:
-        raise PlanError(f"{projection.name}: {error}") from None
-    return QuantizedWeight(packed, scales, projection.out_features, bits)
-
-
-def _parse_experts(row: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExpertsPlan:
-    name = _typed(row, "name", str)
-    numbers = ("in_features", "out_features", "copies", "block")
-    projection = Projection(
-        name=name,
-        group=_typed(row, "group", str),
-        **{key: _typed(row, key, int) for key in numbers},
-    )
-    found = {key: tensors[f"{name}.{key}"] for key in _EXPERT_TENSORS}
-    shape = (_typed(row, "experts", int), projection.in_features)
-    threshold = found["threshold"]
-    if tuple(threshold.shape) != shape or found["cutoff"].shape != found["tokens"].shape:
-        raise PlanError(f"{name}.threshold has shape {tuple(threshold.shape)}, not {shape}")
-    if threshold.dtype != torch.float32 or threshold.isnan().any():
-        raise PlanError(f"{name}.threshold must be float32 without NaN")
-    return ExpertsPlan(projection, _share(row, "sparsity"), _share(row, "realised"), **found)
+        return read(Path(folder))
 
 
 def weighted_mean(projections: Sequence[Projection], values: Mapping[str, float]) -> float:
@@ -432,22 +246,3 @@ def weight_sample(weight: Tensor) -> Tensor:
 def experts_sample(weight: Tensor) -> Tensor:
     """A few weights of the first and the last of E matrices, float32 on the CPU."""
     return torch.cat([weight_sample(weight[0]), weight_sample(weight[-1])])
-
-
-def _digest(document: Mapping[str, Any]) -> str:
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _typed(row: Mapping[str, Any], key: str, kind: type | tuple[type, ...]) -> Any:
-    value = row[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise PlanError(f"{key} has the wrong type: {value!r}")
-    return value
-
-
-def _share(row: Mapping[str, Any], key: str) -> float:
-    value = float(_typed(row, key, (int, float)))
-    if not 0.0 <= value <= 1.0:
-        raise PlanError(f"{key} of {row.get('name')} is not in [0, 1]: {value}")
-    return value

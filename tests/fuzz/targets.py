@@ -36,7 +36,7 @@ from wina.eval import grid as eval_grid
 from wina.eval.report import grid as report_grid
 from wina.eval.report.render import RENDERERS
 from wina.eval.report.summary import summarise
-from wina.plan import JSON_FILE, TENSOR_FILE, _digest
+from wina.plan_file import JSON_FILE, TENSOR_FILE, digest
 from wina.testing import random_tokens, tiny_model, tiny_tokenizer
 from wina.texts import read_documents
 
@@ -126,7 +126,7 @@ class Plan(Target):
         if isinstance(document, dict) and way < 4:  # checksums that fit: what they hide is read
             document = {**document, "tensors_sha256": hashlib.sha256(blob).hexdigest()}
             document.pop("sha256", None)
-            document["sha256"] = _digest(document)
+            document["sha256"] = digest(document)
         raw = to_bytes(document)
         self.write(JSON_FILE, damage_bytes(raw, rng) if way == 4 else raw)
         self.write(TENSOR_FILE, blob)

@@ -27,7 +27,7 @@ from wina.kernels.quantization import (
     grouped,
 )
 from wina.kernels.quantization import quantize as nearest
-from wina.plan import _digest
+from wina.plan_file import digest
 from wina.quantized_linear import QuantizedSparseLinear
 from wina.registry import create
 from wina.rounding import GPTQ, ROUNDINGS, USUAL_ROUNDING
@@ -242,7 +242,7 @@ def rewrite(
     document.pop("sha256")
     blob = (folder / "plan.safetensors").read_bytes()
     document["tensors_sha256"] = hashlib.sha256(blob).hexdigest()
-    document["sha256"] = _digest(document)
+    document["sha256"] = digest(document)
     (folder / "plan.json").write_text(json.dumps(document))
 
 

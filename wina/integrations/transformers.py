@@ -22,7 +22,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from wina.api import sparsify
 from wina.config import SparsityConfig
 from wina.errors import CalibrationError
-from wina.plan import JSON_FILE, TENSOR_FILE, SparsityPlan
+from wina.plan import SparsityPlan
+from wina.plan_file import JSON_FILE, TENSOR_FILE
 from wina.saving import PLAN_FOLDER, QUANT_METHOD
 
 

@@ -34,7 +34,8 @@ from wina.config import SparsityConfig
 from wina.errors import ConfigError, PlanError
 from wina.integrations.vllm.step import STEP, Rows, pack, step_linear
 from wina.methods import METHODS
-from wina.plan import JSON_FILE, TENSOR_FILE, ProjectionPlan, SparsityPlan, weight_sample
+from wina.plan import ProjectionPlan, SparsityPlan, weight_sample
+from wina.plan_file import JSON_FILE, TENSOR_FILE
 from wina.prefill import Prefill
 from wina.rotation import NO_ROTATION
 from wina.saving import PLAN_FOLDER, QUANT_METHOD
