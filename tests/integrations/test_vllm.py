@@ -294,11 +294,12 @@ def test_what_does_not_fit_is_said(
         ("rotation", "orthogonal"),
         ("weight_dtype", "int8"),
         ("head", "sparse"),
+        ("tracking", 0.02),
         ("method", "cats"),
     ],
 )
 def test_a_plan_that_is_not_served_is_refused(
-    folders: Folders, setting: str, value: str, tmp_path: Path
+    folders: Folders, setting: str, value: str | float, tmp_path: Path
 ) -> None:
     from wina.integrations.vllm.plugin import WinaConfig
 
