@@ -49,7 +49,7 @@ Tracking = Annotated[
     float,
     typer.Option(
         help="Rate at which cut-offs follow the text, so that the share that is dropped stays "
-        "what was asked for on any text; 0.02 is enough, 0: they stay."
+        "what was asked for on any text; 0.03 is enough, 0: they stay."
     ),
 ]
 HeadDtype = Annotated[

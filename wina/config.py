@@ -61,7 +61,7 @@ class SparsityConfig:
         tracking: how fast the cut-offs follow a text, so that the share that is dropped stays
             ``sparsity`` on texts unlike the calibration text, too: each projection's moves by
             exp(tracking·(asked − dropped)) a token, anew for every sequence
-            (:func:`wina.kernels.reference.tracked_scale`). 0: they stay. 0.02 is enough.
+            (:func:`wina.kernels.reference.tracked_scale`). 0: they stay. 0.03 is enough.
         rotation: overrides the method's: what :func:`wina.rotate` must have done to the model, or
             ``"none"``, which asks for nothing.
     """
