@@ -100,9 +100,10 @@ def test_masked_inputs_and_a_residual(K: int, T: int, dtype: torch.dtype, which:
     assert got[1:2].isnan().all()
     sound = [t for t in range(T) if t != 1]
     if dtype.itemsize == 2 and (which == DEFINITION or T == 40):
-        # Torch's product is rounded before the residual is added.
+        # Torch's product is rounded before the residual is added. Where it uses AMX and K is odd,
+        # it reads one number past a row, times zero: the next one's NaN shows there as well.
         twice = residual + torch.nn.functional.linear(masked, weight)
-        assert torch.equal(got[sound], twice[sound])
+        torch.testing.assert_close(got[sound], twice[sound], rtol=0, atol=0, equal_nan=True)
     else:
         assert_equal_up_to_rounding(got[sound], want[sound], x[sound], weight.t())
 
