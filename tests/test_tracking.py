@@ -251,6 +251,15 @@ def test_rows_of_a_batch_are_followed_on_their_own(llama: nn.Module) -> None:
     torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-5)
 
 
+def test_batches_of_inference_mode_and_of_others_take_turns(llama: nn.Module) -> None:
+    tracked(llama, prefill="all")
+    tokens = random_tokens(80).view(2, 40)
+    with torch.inference_mode():
+        want = llama(tokens).logits
+    with torch.no_grad():
+        torch.testing.assert_close(llama(tokens).logits, want.clone())
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_not_counted(llama: nn.Module, side: str) -> None:
     tracked(llama, prefill="all")

@@ -251,7 +251,9 @@ class SparseLinear(nn.Linear):
         assert self.tracked is not None
         sequences = x.shape[:-2].numel() if x.dim() > 1 else 1
         if len(self.tracked) != sequences:
-            self.tracked = self.tracked.new_zeros(sequences)
+            # Not a tensor of inference mode, which could not be written to outside of it.
+            with torch.inference_mode(False):
+                self.tracked = self.tracked.new_zeros(sequences)
         elif sequence_length(x) > 1:
             self.tracked.zero_()
         return self.tracked

@@ -68,14 +68,18 @@ Tensor one_a_token(const Tensor& x) {
   return at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
 }
 
+void check_floats(const char* op, const char* name, const Tensor& given, int64_t length) {
+  TORCH_CHECK(given.dim() == 1 && given.size(0) == length && given.is_cpu() &&
+                  given.scalar_type() == at::kFloat,
+              op, ": ", name, " must be [", length, "] float32 on the CPU, got ", given.sizes(),
+              " ", given.scalar_type());
+}
+
 Tensor topk_scale(const Tensor& x, const Tensor& threshold, int64_t dropped) {
   const char* op = "wina::topk_scale";
   check_input(op, x, false);
   const int64_t K = x.size(-1);
-  TORCH_CHECK(threshold.dim() == 1 && threshold.size(0) == K && threshold.is_cpu() &&
-                  threshold.scalar_type() == at::kFloat,
-              op, ": threshold must be [", K, "] float32 on the CPU, got ", threshold.sizes(), " ",
-              threshold.scalar_type());
+  check_floats(op, "threshold", threshold, K);
   TORCH_CHECK(0 < dropped && dropped < K && K < INT32_MAX, op, ": dropped must be in [1, ", K - 1,
               "], got ", dropped);
   const Tensor limit = threshold.contiguous();
@@ -115,10 +119,7 @@ Tensor probe_scale(const Tensor& x, const Tensor& probe, double limit) {
   const char* op = "wina::probe_scale";
   check_input(op, x, false);
   const int64_t K = x.size(-1);
-  TORCH_CHECK(probe.dim() == 1 && probe.size(0) == K + 1 && probe.is_cpu() &&
-                  probe.scalar_type() == at::kFloat,
-              op, ": probe must be [", K + 1, "] float32 on the CPU, got ", probe.sizes(), " ",
-              probe.scalar_type());
+  check_floats(op, "probe", probe, K + 1);
   TORCH_CHECK(limit > 0, op, ": limit must be positive, got ", limit);
   const Tensor held = probe.contiguous();
   const float* p = held.const_data_ptr<float>();
@@ -141,10 +142,7 @@ template <class T>
 int32_t count_kept(const T* x, const float* threshold, float factor, int64_t K) {
   int32_t dropped = 0;
   for (int64_t j = 0; j < K; ++j) {
-    const float cut = threshold[j] * factor;
-    const float bounded = cut > std::numeric_limits<float>::max() ? std::numeric_limits<float>::max()
-                                                                  : cut;
-    dropped += std::fabs(static_cast<float>(x[j])) <= bounded;
+    dropped += std::fabs(static_cast<float>(x[j])) <= cutoff(threshold[j], factor);
   }
   return static_cast<int32_t>(K) - dropped;
 }
@@ -173,10 +171,7 @@ Tensor tracked_scale(const Tensor& x, const Tensor& threshold, const Tensor& sta
   const char* op = "wina::tracked_scale";
   check_input(op, x, false);
   const int64_t K = x.size(-1), all = x.numel() / std::max<int64_t>(K, 1);
-  TORCH_CHECK(threshold.dim() == 1 && threshold.size(0) == K && threshold.is_cpu() &&
-                  threshold.scalar_type() == at::kFloat,
-              op, ": threshold must be [", K, "] float32 on the CPU, got ", threshold.sizes(), " ",
-              threshold.scalar_type());
+  check_floats(op, "threshold", threshold, K);
   TORCH_CHECK(state.dim() == 1 && state.numel() > 0 && state.is_contiguous() && state.is_cpu() &&
                   state.scalar_type() == at::kFloat && all % state.numel() == 0,
               op, ": state must be [sequences] float32 on the CPU for ", all, " tokens, got ",
