@@ -166,7 +166,7 @@ class CpuRowsBackend(CpuBackend):
 
 
 class ReferenceBackend(Backend):
-    """Plain torch: masks x and multiplies densely. Right everywhere, faster nowhere."""
+    """Masks x and multiplies densely, in torch. Right everywhere, faster nowhere."""
 
     name = "reference"
     device = None
@@ -181,7 +181,9 @@ class ReferenceBackend(Backend):
     sparse_gate_up_quantized = staticmethod(quantized.sparse_gate_up_quantized)
 
     def refuses(self, layer: LayerSpec) -> str | None:
-        """Never."""
+        """Never. Inputs on a CPU are masked by a native kernel where there is one: build it."""
+        if layer.device.type == "cpu":
+            cpu.load()
         return None
 
 

@@ -262,6 +262,20 @@ def _check_mean(a: Arguments) -> None:
         )
 
 
+def _check_keep(a: Arguments) -> None:
+    _check_mean(a)
+    if a.threshold.shape != a.x.shape[-1:] or a.threshold.dtype != torch.float32:
+        raise RuntimeError(
+            f"expected threshold [{a.x.shape[-1]}] float32 for x {tuple(a.x.shape)}, got "
+            f"{tuple(a.threshold.shape)} {a.threshold.dtype}"
+        )
+    if a.scale is not None and (a.scale.shape != a.x.shape[:-1] or a.scale.dtype != torch.float32):
+        raise RuntimeError(
+            f"expected scale {tuple(a.x.shape[:-1])} float32 for x {tuple(a.x.shape)}, got "
+            f"{tuple(a.scale.shape)} {a.scale.dtype}"
+        )
+
+
 def _check_probe(a: Arguments) -> None:
     _check_mean(a)
     if a.probe.shape != (a.x.shape[-1] + 1,) or a.probe.dtype != torch.float32:
@@ -333,6 +347,12 @@ dense_linear_rows: Callable[..., Tensor] = define(
     reference.dense_linear_rows,
     check=_check_dense_rows,
     output=lambda a: columns_of(a.x, a.weight.t()),
+)
+keep_mask: Callable[..., Tensor] = define(
+    reference.keep_mask, _check_keep, output=lambda a: a.x.new_empty(a.x.shape, dtype=torch.bool)
+)
+mask_inputs: Callable[..., Tensor] = define(
+    reference.mask_inputs, _check_keep, output=lambda a: a.x.new_empty(a.x.shape)
 )
 topk_scale: Callable[..., Tensor] = define(
     reference.topk_scale, _check_topk, output=lambda a: one_a_token(a.x)

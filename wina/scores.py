@@ -13,8 +13,8 @@ import torch
 from torch import Generator, Tensor
 
 from wina.criteria import Criterion
+from wina.kernels import ops
 from wina.kernels.quantization import quantize
-from wina.kernels.reference import keep_mask
 from wina.planes import constants_of_planes, summed
 from wina.selectors import Selector
 from wina.statistics import ScoreHistogram, exceeded
@@ -98,7 +98,8 @@ class ChannelScores:
         self, x: Tensor, threshold: Tensor, sparsity: float, probe: Tensor | None = None
     ) -> Tensor:
         """Which channels of x [..., K] are active, Boolean [..., K]."""
-        return keep_mask(x, threshold, self.selector.scale(x, threshold, sparsity, probe))
+        scale = self.selector.scale(x, threshold, sparsity, probe)
+        return ops.keep_mask(x.detach(), threshold, scale)
 
     def levels(self, x: Tensor, grid: Sequence[float]) -> Tensor:
         """At how many sparsities of a grid each channel is kept, cut-offs taken from x itself.

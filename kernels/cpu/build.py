@@ -62,9 +62,12 @@ OPERATORS = (
     "sparse_gate_up_quantized",
     "dense_linear_rows",
     "dense_linear_rows_quantized",
+    "keep_mask",
+    "mask_inputs",
     "topk_scale",
     "mean_scale",
     "probe_scale",
+    "tracked_scale",
     "decode_step",
 )
 

@@ -45,6 +45,7 @@ constexpr int64_t kMaxTokens = 16;  // tokens of one pass over the weight
 constexpr int64_t kMaxTokensFloat = 32;
 constexpr int64_t kMaxTokensHalf = 128;
 constexpr int64_t kCopyColumns = 1024;  // columns of a 16-bit weight copied at a time
+constexpr int64_t kMaskedAtOnce = 16384;  // channels that a thread masks, at least
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
 // ----------------------------------------------------------------------------------- the mask
@@ -74,28 +75,72 @@ inline __m512 load_some(const at::Half* p, __mmask16 which) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(which, p));
 }
 
+// Which of the 16 channels from x[0] on are kept, of those that are there; `wide` gets them.
+template <class T>
+inline __mmask16 keep_some(const T* x, const float* threshold, __m512 factor, __mmask16 there,
+                           __m512& wide) {
+  wide = load_some(x, there);
+  // The minimum is its second operand if that is a NaN; a comparison with a NaN keeps.
+  const __m512 cut = _mm512_min_ps(
+      _mm512_set1_ps(FLT_MAX), _mm512_mul_ps(_mm512_maskz_loadu_ps(there, threshold), factor));
+  return _mm512_mask_cmp_ps_mask(there, _mm512_abs_ps(wide), cut, _CMP_NLE_UQ);
+}
+
+inline __mmask16 first_of_16(int64_t n) {
+  return static_cast<__mmask16>(n < 16 ? (1u << n) - 1 : 0xffffu);
+}
+
 // The rows that one token keeps and their coefficients; returns how many. Both lists are written in
 // whole vectors.
 template <class T>
 int64_t select_of_one_token(const T* x, int64_t K, const float* threshold, float scale,
                             int32_t* index, float* coef) {
-  const __m512 largest = _mm512_set1_ps(FLT_MAX), factor = _mm512_set1_ps(scale);
+  const __m512 factor = _mm512_set1_ps(scale);
   __m512i at = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   int64_t count = 0;
   for (int64_t first = 0; first < K; first += 16) {
-    const auto there = static_cast<__mmask16>(K - first < 16 ? (1u << (K - first)) - 1 : 0xffffu);
-    const __m512 wide = load_some(x + first, there);
-    // The minimum is its second operand if that is a NaN; a comparison with a NaN keeps.
-    const __m512 cut = _mm512_min_ps(
-        largest, _mm512_mul_ps(_mm512_maskz_loadu_ps(there, threshold + first), factor));
+    __m512 wide;
     const __mmask16 keep =
-        _mm512_mask_cmp_ps_mask(there, _mm512_abs_ps(wide), cut, _CMP_NLE_UQ);
+        keep_some(x + first, threshold + first, factor, first_of_16(K - first), wide);
     _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(keep, at));
     _mm512_storeu_ps(coef + count, _mm512_maskz_compress_ps(keep, wide));
     count += __builtin_popcount(keep);
     at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
   }
   return count;
+}
+
+inline void store_some(float* y, const float* x, __mmask16 there, __mmask16 keep) {
+  _mm512_mask_storeu_ps(y, there, _mm512_maskz_loadu_ps(keep, x));
+}
+template <class T>  // of 16 bits
+inline void store_some(T* y, const T* x, __mmask16 there, __mmask16 keep) {
+  static_assert(sizeof(T) == 2);
+  _mm256_mask_storeu_epi16(y, there, _mm256_maskz_loadu_epi16(keep, x));
+}
+
+// y = x with the dropped channels set to zero, of one token.
+template <class T>
+void mask_of_one_token(const T* x, int64_t K, const float* threshold, float scale, T* y) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  for (int64_t first = 0; first < K; first += 16) {
+    const __mmask16 there = first_of_16(K - first);
+    __m512 wide;
+    store_some(y + first, x + first, there,
+               keep_some(x + first, threshold + first, factor, there, wide));
+  }
+}
+
+// Which channels one token keeps.
+template <class T>
+void keep_of_one_token(const T* x, int64_t K, const float* threshold, float scale, bool* kept) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  for (int64_t first = 0; first < K; first += 16) {
+    const __mmask16 there = first_of_16(K - first);
+    __m512 wide;
+    const __mmask16 keep = keep_some(x + first, threshold + first, factor, there, wide);
+    _mm_mask_storeu_epi8(kept + first, there, _mm_maskz_set1_epi8(keep, 1));
+  }
 }
 #else
 // The same in blocks: first what is done in vectors, then, branch-free, a list: always write,
@@ -119,6 +164,20 @@ int64_t select_of_one_token(const T* x, int64_t K, const float* threshold, float
     }
   }
   return count;
+}
+
+template <class T>
+void mask_of_one_token(const T* x, int64_t K, const float* threshold, float scale, T* y) {
+  for (int64_t j = 0; j < K; ++j) {
+    const bool drop = std::fabs(static_cast<float>(x[j])) <= cutoff(threshold[j], scale);
+    y[j] = drop ? T(0) : x[j];
+  }
+}
+
+template <class T>
+void keep_of_one_token(const T* x, int64_t K, const float* threshold, float scale, bool* kept) {
+  for (int64_t j = 0; j < K; ++j)
+    kept[j] = !(std::fabs(static_cast<float>(x[j])) <= cutoff(threshold[j], scale));
 }
 #endif
 
@@ -280,6 +339,10 @@ Vectors check_vectors(const char* op, const char* prefix, const Tensor& x, int64
   return p;
 }
 
+inline int64_t tokens_of(const Tensor& x) {
+  return c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
+}
+
 void check_input(const char* op, const Tensor& x, bool weights_require_grad) {
   TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar");
   TORCH_CHECK(x.is_floating_point(), op, ": x must be a floating-point tensor, got ",
@@ -328,10 +391,31 @@ void add_residual(float* acc, int tokens, int64_t width, const T* residual, int6
 
 // x with the dropped entries set to zero; x is [T, K].
 Tensor masked(const Tensor& x, const Vectors& p) {
+  const int64_t tokens = x.size(0), K = x.size(1);
+  const auto in_one_pass = [&](const auto* zero) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(zero)>>;
+    const Tensor held = x.contiguous();
+    Tensor y = at::empty(held.sizes(), held.options());
+    const T* from = held.const_data_ptr<T>();
+    T* to = y.mutable_data_ptr<T>();
+    const float *threshold = data_or_null(p.threshold), *scale = data_or_null(p.scale);
+    at::parallel_for(0, tokens, std::max<int64_t>(1, kMaskedAtOnce / std::max<int64_t>(K, 1)),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t t = begin; t < end; ++t)
+                         mask_of_one_token(from + t * K, K, threshold, scale ? scale[t] : 1.0f,
+                                           to + t * K);
+                     });
+    return y;
+  };
+  switch (x.scalar_type()) {
+    case at::kBFloat16: return in_one_pass(static_cast<at::BFloat16*>(nullptr));
+    case at::kHalf: return in_one_pass(static_cast<at::Half*>(nullptr));
+    case at::kFloat: return in_one_pass(static_cast<float*>(nullptr));
+    default: break;
+  }
   Tensor limit = p.threshold;
   if (p.scale.defined()) limit = limit.mul(p.scale.unsqueeze(1));
-  const Tensor drop = x.abs().to(at::kFloat).le(limit.clamp_max(FLT_MAX));
-  return x.masked_fill(drop, 0);
+  return x.masked_fill(x.abs().to(at::kFloat).le(limit.clamp_max(FLT_MAX)), 0);
 }
 
 // Fills y [..., N] in blocks of columns with f(dtype, first, width), computed in the accumulation

@@ -331,10 +331,6 @@ bool fast(const Tensor& x, int64_t tokens, int64_t N) {
       tokens <= kDenseTokens && x.size(-1) > 0 && N > 0;
 }
 
-int64_t tokens_of(const Tensor& x) {
-  return c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
-}
-
 Tensor output(const Tensor& x, int64_t N) {
   auto shape = x.sizes().vec();
   shape.back() = N;

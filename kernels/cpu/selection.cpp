@@ -1,5 +1,5 @@
 // Native CPU kernels for the factor of a token's thresholds: topk_scale, mean_scale, probe_scale,
-// tracked_scale.
+// tracked_scale; and for what they keep: keep_mask, mask_inputs.
 
 #include "common.h"
 
@@ -216,10 +216,53 @@ Tensor tracked_scale(const Tensor& x, const Tensor& threshold, const Tensor& sta
   return out;
 }
 
+Tensor keep_mask(const Tensor& x, const Tensor& threshold, const OptionalTensor& scale) {
+  const char* op = "wina::keep_mask";
+  check_input(op, x, false);
+  const int64_t K = x.size(-1), tokens = tokens_of(x);
+  const Vectors v = check_vectors(op, "", x, tokens, K, threshold, {}, scale);
+  if (x.scalar_type() == at::kDouble) {
+    Tensor limit = v.threshold;
+    if (v.scale.defined()) {
+      const auto each = x.sizes().slice(0, x.dim() - 1);
+      limit = limit.mul(v.scale.view(each).unsqueeze(-1));
+    }
+    return x.abs().le(limit.clamp_max(FLT_MAX)).logical_not();
+  }
+  const Tensor rows = x.contiguous();
+  Tensor kept = at::empty(x.sizes(), x.options().dtype(at::kBool));
+  bool* to = kept.mutable_data_ptr<bool>();
+  const float *limit = data_or_null(v.threshold), *factor = data_or_null(v.scale);
+  const auto run = [&](const auto* from) {
+    at::parallel_for(0, tokens, std::max<int64_t>(1, kMaskedAtOnce / std::max<int64_t>(K, 1)),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t t = begin; t < end; ++t)
+                         keep_of_one_token(from + t * K, K, limit, factor ? factor[t] : 1.0f,
+                                           to + t * K);
+                     });
+  };
+  switch (rows.scalar_type()) {
+    case at::kBFloat16: run(rows.const_data_ptr<at::BFloat16>()); break;
+    case at::kHalf: run(rows.const_data_ptr<at::Half>()); break;
+    default: run(rows.const_data_ptr<float>()); break;
+  }
+  return kept;
+}
+
+Tensor mask_inputs(const Tensor& x, const Tensor& threshold, const OptionalTensor& scale) {
+  const char* op = "wina::mask_inputs";
+  check_input(op, x, false);
+  const int64_t tokens = tokens_of(x), K = x.size(-1);
+  const Vectors v = check_vectors(op, "", x, tokens, K, threshold, {}, scale);
+  return masked(x.reshape({tokens, K}), v).view(x.sizes());
+}
+
 }  // namespace
 }  // namespace wina
 
 TORCH_LIBRARY_IMPL(wina, CPU, m) {
+  m.impl("keep_mask", TORCH_FN(wina::keep_mask));
+  m.impl("mask_inputs", TORCH_FN(wina::mask_inputs));
   m.impl("mean_scale", TORCH_FN(wina::mean_scale));
   m.impl("probe_scale", TORCH_FN(wina::probe_scale));
   m.impl("topk_scale", TORCH_FN(wina::topk_scale));

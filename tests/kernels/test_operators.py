@@ -287,6 +287,8 @@ def test_opcheck(loaded: bool, extras: bool) -> None:
         ops.sparse_group,
         (x, [weight, weight[:, :5].contiguous()], [threshold] * 2, [bias, None], [None, scale]),
     )
+    torch.library.opcheck(ops.keep_mask, (x, threshold, scale))
+    torch.library.opcheck(ops.mask_inputs, (x, threshold, scale))
     torch.library.opcheck(ops.topk_scale, (x, threshold, 7))
     torch.library.opcheck(ops.mean_scale, (x,))
     torch.library.opcheck(ops.probe_scale, (x, torch.randn(33), 0.5))
@@ -295,6 +297,42 @@ def test_opcheck(loaded: bool, extras: bool) -> None:
         ops.sparse_gate_up,
         (x, weight, up, threshold, threshold, "silu", bias, bias, scale, scale),
     )
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("K", SIZES)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_masks_are_their_definitions(K: int, dtype: torch.dtype, scaled: bool) -> None:
+    x = torch.randn(2, 9, 2 * K).to(dtype)[..., ::2]
+    threshold = torch.rand(K)
+    for values, special in (
+        (x.view(-1, K)[0], (float("nan"), float("inf"), -float("inf"), 0.0)),
+        (threshold, (float("nan"), float("inf"), -1.0, float(x[1, 1, -1].abs()))),
+    ):
+        values[-len(special) :] = torch.tensor(special)[-K:].to(dtype)
+    scale = torch.rand(2, 9) + 0.5 if scaled else None
+    want = reference.keep_mask(x, threshold, scale)
+    assert 0 < want.sum() < want.numel() or K == 1
+    assert torch.equal(ops.keep_mask(x, threshold, scale), want)
+    masked = ops.mask_inputs(x, threshold, scale)
+    torch.testing.assert_close(masked, torch.where(want, x, 0), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"threshold": torch.zeros(7)},
+        {"threshold": torch.zeros(8).double()},
+        {"scale": torch.zeros(2)},
+        {"scale": torch.zeros(1).double()},
+        {"x": torch.zeros(1, 8, dtype=torch.int32)},
+    ],
+)
+@pytest.mark.parametrize("operator", [ops.keep_mask, ops.mask_inputs], ids=str)
+def test_wrong_arguments_of_a_mask_are_named(operator, change: dict[str, Tensor]) -> None:
+    arguments = {"x": torch.randn(1, 8), "threshold": torch.zeros(8), "scale": torch.ones(1)}
+    with pytest.raises(RuntimeError, match=next(iter(change))):
+        operator(**{**arguments, **change})
 
 
 @pytest.mark.parametrize(

@@ -191,9 +191,10 @@ def compare(operator: Operator, arguments: Mapping[str, Any], got: Any, dtype: t
     for one, other in zip(*((r if isinstance(r, list) else [r]) for r in (got, want)), strict=True):
         if one.shape != other.shape:
             raise SystemExit(f"{operator.name}: shape {one.shape}, expected {other.shape}")
+        one, other = one.double(), other.double()
         largest = float(other.abs().max()) if other.numel() else 0.0
-        if not torch.allclose(one.double(), other.double(), rtol=0, atol=allowed * (1 + largest)):
-            error = float((one.double() - other.double()).abs().max())
+        if not torch.allclose(one, other, rtol=0, atol=allowed * (1 + largest)):
+            error = float((one - other).abs().max())
             raise SystemExit(f"{operator.name}: off by {error} at {describe(arguments)}")
 
 
