@@ -71,14 +71,15 @@ class Importance(Selector):
             count = max(1, _MOST // tokens)
             some = torch.linspace(0, windows - 1, count).round().to(torch.int64)
             x, importance = x[some.to(x.device)], importance[:, some.to(importance.device)]
-        mean = x.mean((0, 1), dtype=torch.float64)
-        rows = x.float() - mean.float()
-        spread = rows.square().mean((0, 1), dtype=torch.float64).sqrt()
+        rows = x.float()
+        mean = _mean(rows)
+        rows = rows - mean.float()
+        spread = _mean(rows.square()).sqrt()
         used = spread > 1e-9 * spread.max()
         rows *= torch.where(used, 1.0 / spread, 0.0).float()
         weighed = importance.to(x.device, torch.float64)
         target = (weighed / weighed.mean((1, 2), keepdim=True) + _FLOOR).log()
-        if not (rows.isfinite().all() and target.isfinite().all()):
+        if not (_mean(rows).isfinite().all() and target.isfinite().all()):
             raise CalibrationError("inputs or gradients on the calibration text have NaN or Inf")
         levels = rows.mean(1, keepdim=True)
         rows -= levels
@@ -105,6 +106,11 @@ class Importance(Selector):
         if probe is None:
             return None
         return ops.probe_scale(x[..., : len(probe) - 1], probe, self.limit)
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Of [windows, S, K] over all tokens, [K] float64: float32 in a window, float64 over them."""
+    return x.mean(1).mean(0, dtype=torch.float64)
 
 
 def _ridge(inputs: Tensor, target: Tensor, penalty: float) -> Tensor:
