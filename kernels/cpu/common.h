@@ -44,6 +44,32 @@ constexpr int64_t kMaxTokens = 16;  // tokens of one pass over the weight
 // and the way around it makes float32 copies.
 constexpr int64_t kMaxTokensFloat = 32;
 constexpr int64_t kMaxTokensHalf = 128;
+// Where the CPU multiplies 16-bit numbers itself, torch does so on the weight as it lies, and is faster
+// than one row after another from fewer tokens on: with tiles (AMX) from the first few.
+#if defined(__AMX_BF16__)
+constexpr int64_t kMaxTokensBFloat16 = 8;
+#else
+constexpr int64_t kMaxTokensBFloat16 = kMaxTokensHalf;
+#endif
+#if defined(__AVX512FP16__)
+constexpr int64_t kMaxTokensFloat16 = 16;
+#else
+constexpr int64_t kMaxTokensFloat16 = kMaxTokensHalf;
+#endif
+
+// Whether the CPU multiplies x [T, K] without widening it. An odd K is left out: torch's product with
+// tiles reads one number past each row then, times zero, and a NaN of the next token would show.
+bool multiplies(const Tensor& x) {
+  if (x.size(-1) % 2) return false;
+#if defined(__AVX512BF16__)
+  if (x.scalar_type() == at::kBFloat16) return true;
+#endif
+#if defined(__AVX512FP16__)
+  if (x.scalar_type() == at::kHalf) return true;
+#endif
+  return false;
+}
+
 constexpr int64_t kCopyColumns = 1024;  // columns of a 16-bit weight copied at a time
 constexpr int64_t kMaskedAtOnce = 16384;  // channels that a thread masks, at least
 constexpr int64_t kLine = 64;  // bytes of a cache line

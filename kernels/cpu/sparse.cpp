@@ -175,10 +175,18 @@ Projection check(const char* op, const char* prefix, const Tensor& x, int64_t to
   return {check_vectors(op, prefix, x, tokens, weight.size(1), threshold, bias, scale), weight};
 }
 
+int64_t max_tokens(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kBFloat16: return kMaxTokensBFloat16;
+    case at::kHalf: return kMaxTokensFloat16;
+    default: return kMaxTokensFloat;
+  }
+}
+
 bool fast(const Tensor& x, int64_t tokens, int64_t N) {
   const auto dtype = x.scalar_type();
   return (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) && tokens > 0 &&
-      tokens <= (dtype == at::kFloat ? kMaxTokensFloat : kMaxTokensHalf) && x.size(-1) > 0 && N > 0;
+      tokens <= max_tokens(dtype) && x.size(-1) > 0 && N > 0;
 }
 
 template <class T>
@@ -236,6 +244,12 @@ Tensor columns(const Tensor& masked_x, const Projection& p, at::ScalarType dtype
   return at::addmm(p.bias.narrow(0, first, width).to(dtype), x, w);
 }
 
+// The product of masked x [T, K] with a whole projection in the dtype of x, rounded once, with what
+// is added: a bias or a residual [T, N], or nothing.
+Tensor product_as_it_lies(const Tensor& masked_x, const Projection& p, const Tensor& added) {
+  return added.defined() ? at::addmm(added, masked_x, p.weight) : at::mm(masked_x, p.weight);
+}
+
 // The products of x with projections; the residual is for the only one.
 std::vector<Tensor> linear(const Tensor& x, int64_t tokens,
                            const std::vector<Projection>& projections, const Tensor& residual) {
@@ -252,6 +266,11 @@ std::vector<Tensor> linear(const Tensor& x, int64_t tokens,
     for (size_t i = 0; i < ys.size(); ++i) {
       const Projection& p = projections[i];
       const Tensor m = masked(flat, p);
+      if (multiplies(x) && !(residual.defined() && p.bias.defined())) {
+        const Tensor& added = residual.defined() ? residual : p.bias;
+        ys[i] = product_as_it_lies(m, p, added).view(ys[i].sizes());
+        continue;
+      }
       fill_blocks(ys[i], tokens, copy_columns(ys[i]),
                   [&](at::ScalarType dtype, int64_t first, int64_t width) {
                     Tensor part = columns(m, p, dtype, first, width);
@@ -302,6 +321,11 @@ Tensor sparse_gate_up(const Tensor& x, const Tensor& gate, const Tensor& up,
   if (!fast(x, tokens, N)) {
     const Tensor flat = x.reshape({tokens, K});
     const Tensor gate_in = masked(flat, g), up_in = masked(flat, u);
+    if (multiplies(x)) {
+      const Tensor wide =
+          activate(activation, product_as_it_lies(gate_in, g, g.bias).to(at::kFloat));
+      return wide.mul(product_as_it_lies(up_in, u, u.bias)).to(x.scalar_type()).view(shape);
+    }
     fill_blocks(h, tokens, copy_columns(h), [&](at::ScalarType dtype, int64_t first, int64_t width) {
       return activate(activation, columns(gate_in, g, dtype, first, width))
           .mul_(columns(up_in, u, dtype, first, width));
