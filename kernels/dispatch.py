@@ -182,7 +182,7 @@ class ReferenceBackend(Backend):
 
     def refuses(self, layer: LayerSpec) -> str | None:
         """Never. Inputs on a CPU are masked by a native kernel where there is one: build it."""
-        if layer.device.type == "cpu":
+        if layer.device.type == "cpu" and layer.dtype in cpu.DTYPES:
             cpu.load()
         return None
 

@@ -262,18 +262,27 @@ def _check_mean(a: Arguments) -> None:
         )
 
 
-def _check_keep(a: Arguments) -> None:
+def _check_threshold(a: Arguments) -> None:
     _check_mean(a)
     if a.threshold.shape != a.x.shape[-1:] or a.threshold.dtype != torch.float32:
         raise RuntimeError(
             f"expected threshold [{a.x.shape[-1]}] float32 for x {tuple(a.x.shape)}, got "
             f"{tuple(a.threshold.shape)} {a.threshold.dtype}"
         )
-    if a.scale is not None and (a.scale.shape != a.x.shape[:-1] or a.scale.dtype != torch.float32):
+
+
+def _check_of_tokens(x: Tensor, name: str, given: Tensor | None, dtype: torch.dtype) -> None:
+    tokens = x.shape[:-1]
+    if given is not None and (given.shape != tokens or given.dtype != dtype):
         raise RuntimeError(
-            f"expected scale {tuple(a.x.shape[:-1])} float32 for x {tuple(a.x.shape)}, got "
-            f"{tuple(a.scale.shape)} {a.scale.dtype}"
+            f"expected {name} {tuple(tokens)} {dtype} for x {tuple(x.shape)}, got "
+            f"{tuple(given.shape)} {given.dtype}"
         )
+
+
+def _check_keep(a: Arguments) -> None:
+    _check_threshold(a)
+    _check_of_tokens(a.x, "scale", a.scale, torch.float32)
 
 
 def _check_probe(a: Arguments) -> None:
@@ -288,13 +297,8 @@ def _check_probe(a: Arguments) -> None:
 
 
 def _check_tracked(a: Arguments) -> None:
-    _check_mean(a)
-    K, tokens = a.x.shape[-1], a.x.shape[:-1]
-    if a.threshold.shape != (K,) or a.threshold.dtype != torch.float32:
-        raise RuntimeError(
-            f"expected threshold [{K}] float32 for x {tuple(a.x.shape)}, got "
-            f"{tuple(a.threshold.shape)} {a.threshold.dtype}"
-        )
+    _check_threshold(a)
+    tokens = a.x.shape[:-1]
     if a.state.dim() != 1 or a.state.dtype != torch.float32 or not len(a.state):
         raise RuntimeError(
             f"state must be [sequences] float32, got {tuple(a.state.shape)} {a.state.dtype}"
@@ -303,15 +307,8 @@ def _check_tracked(a: Arguments) -> None:
         raise RuntimeError(
             f"{tokens.numel()} tokens of x {tuple(a.x.shape)} are not of {len(a.state)} sequences"
         )
-    for name, given, dtype in (
-        ("scale", a.scale, torch.float32),
-        ("counted", a.counted, torch.bool),
-    ):
-        if given is not None and (given.shape != tokens or given.dtype != dtype):
-            raise RuntimeError(
-                f"expected {name} {tuple(tokens)} {dtype} for x {tuple(a.x.shape)}, got "
-                f"{tuple(given.shape)} {given.dtype}"
-            )
+    _check_of_tokens(a.x, "scale", a.scale, torch.float32)
+    _check_of_tokens(a.x, "counted", a.counted, torch.bool)
     if not (0.0 <= a.sparsity <= 1.0 and a.rate > 0.0):
         raise RuntimeError(
             f"sparsity lies in [0, 1] and rate is positive, got {a.sparsity} and {a.rate}"

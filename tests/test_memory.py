@@ -53,5 +53,4 @@ def test_peak_is_the_model_and_one_weight() -> None:
     assert len(lines) == 2
     for extra, largest, total in lines:
         assert total > 12 * largest
-        print(extra, largest)
         assert extra <= largest + (8 << 20)  # and what Python itself needs

@@ -1,4 +1,5 @@
-// What the native kernels share: constants, activations, the checks of arguments, and results. See sparse.cpp for the scheme.
+// What the native kernels share: constants, activations, the checks of arguments, and results. See
+// sparse.cpp for the scheme.
 
 #pragma once
 
@@ -242,6 +243,16 @@ void add_residual(float* acc, int tokens, int64_t width, const T* residual, int6
       acc[t * stride + n] += static_cast<float>(residual[t * N + first + n]);
 }
 
+// f(token, factor of its thresholds) for the tokens of x [T, K], shared out among threads.
+template <class F>
+void each_token(int64_t tokens, int64_t K, const Tensor& scale, const F& f) {
+  const float* factor = data_or_null(scale);
+  at::parallel_for(0, tokens, std::max<int64_t>(1, kMaskedAtOnce / std::max<int64_t>(K, 1)),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t t = begin; t < end; ++t) f(t, factor ? factor[t] : 1.0f);
+                   });
+}
+
 // x with the dropped entries set to zero; x is [T, K].
 Tensor masked(const Tensor& x, const Vectors& p) {
   const int64_t tokens = x.size(0), K = x.size(1);
@@ -251,13 +262,10 @@ Tensor masked(const Tensor& x, const Vectors& p) {
     Tensor y = at::empty(held.sizes(), held.options());
     const T* from = held.const_data_ptr<T>();
     T* to = y.mutable_data_ptr<T>();
-    const float *threshold = data_or_null(p.threshold), *scale = data_or_null(p.scale);
-    at::parallel_for(0, tokens, std::max<int64_t>(1, kMaskedAtOnce / std::max<int64_t>(K, 1)),
-                     [&](int64_t begin, int64_t end) {
-                       for (int64_t t = begin; t < end; ++t)
-                         mask_of_one_token(from + t * K, K, threshold, scale ? scale[t] : 1.0f,
-                                           to + t * K);
-                     });
+    const float* threshold = data_or_null(p.threshold);
+    each_token(tokens, K, p.scale, [&](int64_t t, float factor) {
+      mask_of_one_token(from + t * K, K, threshold, factor, to + t * K);
+    });
     return y;
   };
   switch (x.scalar_type()) {

@@ -232,14 +232,11 @@ Tensor keep_mask(const Tensor& x, const Tensor& threshold, const OptionalTensor&
   const Tensor rows = x.contiguous();
   Tensor kept = at::empty(x.sizes(), x.options().dtype(at::kBool));
   bool* to = kept.mutable_data_ptr<bool>();
-  const float *limit = data_or_null(v.threshold), *factor = data_or_null(v.scale);
+  const float* limit = data_or_null(v.threshold);
   const auto run = [&](const auto* from) {
-    at::parallel_for(0, tokens, std::max<int64_t>(1, kMaskedAtOnce / std::max<int64_t>(K, 1)),
-                     [&](int64_t begin, int64_t end) {
-                       for (int64_t t = begin; t < end; ++t)
-                         keep_of_one_token(from + t * K, K, limit, factor ? factor[t] : 1.0f,
-                                           to + t * K);
-                     });
+    each_token(tokens, K, v.scale, [&](int64_t t, float factor) {
+      keep_of_one_token(from + t * K, K, limit, factor, to + t * K);
+    });
   };
   switch (rows.scalar_type()) {
     case at::kBFloat16: run(rows.const_data_ptr<at::BFloat16>()); break;

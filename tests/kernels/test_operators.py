@@ -303,6 +303,7 @@ def test_opcheck(loaded: bool, extras: bool) -> None:
 @pytest.mark.parametrize("K", SIZES)
 @pytest.mark.parametrize("scaled", [False, True])
 def test_masks_are_their_definitions(K: int, dtype: torch.dtype, scaled: bool) -> None:
+    assert cpu.load() is None
     x = torch.randn(2, 9, 2 * K).to(dtype)[..., ::2]
     threshold = torch.rand(K)
     for values, special in (
@@ -330,6 +331,7 @@ def test_masks_are_their_definitions(K: int, dtype: torch.dtype, scaled: bool) -
 )
 @pytest.mark.parametrize("operator", [ops.keep_mask, ops.mask_inputs], ids=str)
 def test_wrong_arguments_of_a_mask_are_named(operator, change: dict[str, Tensor]) -> None:
+    assert cpu.load() is None
     arguments = {"x": torch.randn(1, 8), "threshold": torch.zeros(8), "scale": torch.ones(1)}
     with pytest.raises(RuntimeError, match=next(iter(change))):
         operator(**{**arguments, **change})
