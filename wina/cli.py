@@ -55,7 +55,7 @@ app = typer.Typer(
     epilog="Start with `wina demo`. Methods: dense, wina, teal, wisparse, scap, r-sparse, "
     "random; with "
     "sparsity divided over the projections: wina-plus, teal-greedy, wina-greedy, was; with "
-    "thresholds and constants learned for minutes: wina-learned; on a rotated model: wina-paper, "
+    "thresholds learned for minutes as well: wina-learned; on a rotated model: wina-paper, "
     "larosa.",
     pretty_exceptions_enable=False,
 )

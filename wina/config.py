@@ -177,7 +177,8 @@ class SparsityConfig:
         if self.refinement_spec == NO_REFINEMENT:
             return
         wanted = {
-            "selector 'threshold'": self.selector_spec == "threshold",
+            "selector 'threshold' or 'importance'": self.selector_spec == "threshold"
+            or self.make_selector().weighs_tokens,
             "mask 'projection'": self.mask == "projection" and not METHODS[self.method].gate_mask,
             "correction 'none'": self.make_correction().fit() is None,
         }

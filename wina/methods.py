@@ -143,7 +143,8 @@ METHODS.register("wina-learned")(
     Method(
         "norm-power:0.5",
         "fisher",
-        "|x|·‖W‖₂^½, Fisher, thresholds and constants learned by KL with frozen weights: minutes",
+        "wina-plus, and a factor for each channel learned by KL with frozen weights: minutes",
+        selector="importance",
         refinement="learned",
     )
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wina.allocation.gradients import frozen
 from wina.inspection import measure_sparsity
-from wina.kernels.reference import mask_inputs
+from wina.kernels import ops
 from wina.linear import SparseLinear
 from wina.patch import apply_plan, restore
 from wina.plan import ProjectionPlan, SparsityPlan, weighted_mean
@@ -106,8 +106,16 @@ class _Mask:
         of_loss, of_read: see :class:`Slopes`.
     """
 
-    def __init__(self, logs: Tensor, unit: Tensor, share: float, sink_tokens: int) -> None:
+    def __init__(
+        self,
+        logs: Tensor,
+        unit: Tensor,
+        share: float,
+        sink_tokens: int,
+        scale: Callable[[Tensor], Tensor | None],
+    ) -> None:
         self.logs = logs
+        self.scale = scale
         self.unit = unit
         self.shift = torch.zeros_like(unit, requires_grad=True)
         self.share = share
@@ -124,7 +132,10 @@ class _Mask:
         """Mask the input of the projection."""
         x = arguments[0]
         start = self.prefill.start(x.shape[-2])
-        masked: Tensor = _Masking.apply(x[..., start:, :], self)  # type: ignore[no-untyped-call]
+        tokens = x[..., start:, :]
+        with torch.no_grad():
+            scale = self.scale(tokens)
+        masked: Tensor = _Masking.apply(tokens, scale, self)  # type: ignore[no-untyped-call]
         return (torch.cat([x[..., :start, :], masked], dim=-2), *arguments[1:])
 
     def after(self, _: nn.Module, __: Any, y: Tensor) -> Tensor:
@@ -148,18 +159,20 @@ class _Masking(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: _Mask) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor | None, mask: _Mask) -> Tensor:
         threshold = mask.logs.exp()
         ctx.mask = mask
-        ctx.save_for_backward(x, threshold)
-        return mask_inputs(x, threshold)
+        ctx.save_for_backward(x, threshold, scale)
+        return ops.mask_inputs(x, threshold, scale)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = gradients
-        x, threshold = ctx.saved_tensors
+        x, threshold, scale = ctx.saved_tensors
         mask: _Mask = ctx.mask
         size = x.abs().float()
+        if scale is not None:
+            size /= scale.unsqueeze(-1)
         distance = size.clamp_min(1e-30).log_().sub_(mask.logs).div_(_WIDTH).abs_()
         near = distance.neg_().add_(1.0).clamp_min_(0.0).div_(_WIDTH).flatten(0, -2)
         lost = (gradient * x).flatten(0, -2).float()
@@ -167,7 +180,7 @@ class _Masking(torch.autograd.Function):
         mask.of_read = near.mean(0) * (-mask.share / x.shape[-1])
         keep = size > threshold
         mask.read = mask.share * float(keep.float().mean())
-        return gradient * keep, None
+        return gradient * keep, None, None
 
 
 def _masks(
@@ -176,7 +189,17 @@ def _masks(
     weights = {name: layer.projection.weights for name, layer in plan.layers.items()}
     total = sum(weights.values())
     sink = plan.config.sink_tokens
-    return {name: _Mask(logs[name], units[name], weights[name] / total, sink) for name in logs}
+    selector = plan.config.make_selector()
+
+    def scale_of(name: str) -> Callable[[Tensor], Tensor | None]:
+        layer, device = plan.layers[name], logs[name].device
+        probe = None if layer.probe is None else layer.probe.to(device)
+        return lambda x: selector.scale(x, layer.threshold.to(device), layer.sparsity, probe)
+
+    return {
+        name: _Mask(logs[name], units[name], weights[name] / total, sink, scale_of(name))
+        for name in logs
+    }
 
 
 def _spreads(

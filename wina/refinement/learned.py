@@ -21,20 +21,19 @@ _GAIN = 0.3  # of a batch's distance from the budget, the part that is made up f
 class Learned(Refinement):
     """t and b that lower KL(dense ‖ sparse) at the same bytes, weights frozen.
 
-    log t_j of channel j of a projection is moved by u + v_j: u spends bytes on another projection
-    and v_j on another channel of it (the factor c_j of its score). The loss that is descended is
-    KL + λ·read. λ is the price at which scaling all thresholds at once gains nothing, taken from
-    the slopes of the last batches, so no step is wasted on reading more; what each batch reads
-    above the budget is taken back by such a scaling. Adam, with one second moment for all channels
-    of a projection: the channels that matter little move little, whatever their noise.
+    Every channel's log t_j is moved by itself: bytes go to other channels of a projection (the
+    factor c_j of its score), and to other projections. The loss that is descended is KL + λ·read. λ
+    is the price at which scaling all thresholds at once gains nothing, taken from the slopes of the
+    last batches, so no step is wasted on reading more; what each batch reads above the budget is
+    taken back by such a scaling. Adam, with one second moment for all channels of a projection: the
+    channels that matter little move little, whatever their noise.
 
     b is a constant for each output: the idea of SPON (arXiv 2512.12744), whose constant input of a
     projection is a constant of its output. Adam with a moment for each.
 
     Args:
         steps: of Adam.
-        rate: of u, at first; it falls to zero. 0 for none, as for the next two.
-        channels: the same of v.
+        channels: rate of log t, at first; it falls to zero. 0 for none, as for the next one.
         constants: the same of b, in standard deviations of each output.
         batch: calibration tokens in one step.
         text: calibration tokens to read, where there are as many.
@@ -44,15 +43,13 @@ class Learned(Refinement):
 
     def __init__(
         self,
-        steps: float = 64,
-        rate: float = 0.03,
-        channels: float = 0.02,
-        constants: float = 0.01,
+        steps: float = 32,
+        channels: float = 0.05,
+        constants: float = 0.0,
         batch: float = 1024,
         text: float = 24576,
     ) -> None:
         self.steps = whole("steps", steps)
-        self.rate = share("rate", rate, zero=True)
         self.channels = share("channels", channels, zero=True)
         self.constants = share("constants", constants, zero=True)
         self.batch = whole("batch", batch)
@@ -61,8 +58,7 @@ class Learned(Refinement):
     def refine(self, exercise: Exercise) -> None:
         """Take the steps, each on other windows until all were read."""
         batches = self._batches(exercise.windows)
-        shared = {name: _Adam() for name in exercise.logs}
-        single = {name: _Adam() for name in exercise.logs}
+        channel = {name: _Adam() for name in exercise.logs}
         constant = {name: _Adam(each=True) for name in exercise.shifts}
         loss_slope, read_slope = _Mean(), _Mean()
         with progress("learning", self.steps, exercise.show_progress) as advance:
@@ -76,9 +72,7 @@ class Learned(Refinement):
                 back = _GAIN * (exercise.read - slopes.read) / saved
                 for name, logs in exercise.logs.items():
                     slope = slopes.of_loss[name] + price * slopes.of_read[name]
-                    u = self.rate * shared[name].direction(slope.sum())
-                    v = self.channels * single[name].direction(slope)
-                    logs -= rate * (u + v) + back
+                    logs -= rate * self.channels * channel[name].direction(slope) + back
                 for name, shift in exercise.shifts.items() if self.constants else ():
                     slope = slopes.of_shift[name]
                     shift -= rate * self.constants * constant[name].direction(slope)
