@@ -211,7 +211,6 @@ def test_gradients_pass_both_planes(llama: nn.Module) -> None:
 def test_what_needs_whole_channels_is_refused() -> None:
     for settings, what in (
         ({"correction": "bias"}, "correction 'none'"),
-        ({"refinement": "learned", "selector": "threshold"}, "refinement 'none'"),
         ({"method": "cats"}, "gate's mask"),
     ):
         with pytest.raises(ConfigError, match=f"'int4\\+int4' needs .*{what}"):

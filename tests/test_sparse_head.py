@@ -174,7 +174,6 @@ def test_plans_say_so_and_older_ones_have_a_dense_head(llama: nn.Module, tmp_pat
     "settings",
     [
         {"correction": "bias"},
-        {"refinement": "learned", "selector": "threshold"},
         {"method": "cats"},
     ],
 )

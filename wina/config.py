@@ -155,7 +155,6 @@ class SparsityConfig:
         """
         wanted = {
             "correction 'none'": self.make_correction().fit() is None,
-            f"refinement {NO_REFINEMENT!r}": self.refinement_spec == NO_REFINEMENT,
             "a method without a gate's mask": not METHODS[self.method].gate_mask,
         }
         lacking = [what for what, holds in wanted.items() if not holds]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from wina.kernels import ops
 from wina.linear import SparseLinear
 from wina.patch import apply_plan, restore
 from wina.plan import ProjectionPlan, SparsityPlan, weighted_mean
+from wina.planes import in_planes
 from wina.prefill import Prefill
 from wina.progress import progress
-from wina.projections import decoder_of
+from wina.projections import decoder_of, head_name, linear_of
 from wina.refinement import Exercise, Refinement, Slopes
 
 # A threshold's slope is read off the inputs within this distance of it, in log |x|: a triangle as
@@ -42,8 +44,9 @@ def refine(
 ) -> SparsityPlan:
     """The plan with what a refinement finds, its thresholds scaled to the plan's budget.
 
-    The masks are put on the dense model, whose weights are not rounded meanwhile and whose fused
-    experts stay dense; the budget is met in the sparse model as it will be.
+    The masks are put on the dense model. Weights in planes are, as while they are calibrated; other
+    weights are not rounded meanwhile, and fused experts stay dense. The budget is met in the sparse
+    model as it will be.
 
     Args:
         model: dense; it is run and left as it was.
@@ -62,29 +65,34 @@ def refine(
         [layer.projection for layer in layers.values()],
         {name: layer.sparsity for name, layer in layers.items()},
     )
-    masks = _masks(plan, logs, _spreads(model, list(layers), plan.config.sink_tokens, windows[:1]))
-
-    def slopes(ids: Tensor) -> Slopes:
-        with torch.no_grad():
-            dense = _log_probabilities(model, ids, plan)
-        with _masked(model, masks):
-            sparse = _log_probabilities(model, ids, plan)
-            loss = F.kl_div(sparse, dense, reduction="batchmean", log_target=True)
-            loss.backward()
-        return Slopes(
-            float(loss.detach()),
-            sum(mask.read for mask in masks.values()),
-            {name: mask.of_loss for name, mask in masks.items()},
-            {name: mask.of_read for name, mask in masks.items()},
-            {name: mask.take_slope_of_shift() for name, mask in masks.items()},
-        )
-
-    with frozen(model):
+    modules = {name: linear_of(model, name) for name in layers}
+    with in_planes(modules, plan.config.kept_as), frozen(model):
+        masks = _masks(plan, logs, _spreads(model, plan, windows[:1]))
         shifts = {name: mask.shift.detach() for name, mask in masks.items()}
+        slopes = partial(_slopes, model, plan, masks)
         refinement.refine(Exercise(text, logs, 1.0 - asked, slopes, shifts, show_progress))
-    constants = {name: mask.constant.detach().cpu() for name, mask in masks.items()}
+        constants = {name: mask.constant.detach().cpu() for name, mask in masks.items()}
     moved = _shifted(_moved(plan, start, logs), constants)
     return _settled(model, moved, asked, windows, show_progress)
+
+
+def _slopes(
+    model: nn.Module, plan: SparsityPlan, masks: Mapping[str, _Mask], ids: Tensor
+) -> Slopes:
+    """What moving the thresholds and constants of masks does on windows [B, S]."""
+    with torch.no_grad():
+        dense = _log_probabilities(model, ids, plan)
+    with _masked(model, masks):
+        sparse = _log_probabilities(model, ids, plan)
+        loss = F.kl_div(sparse, dense, reduction="batchmean", log_target=True)
+        loss.backward()
+    return Slopes(
+        float(loss.detach()),
+        sum(mask.read for mask in masks.values()),
+        {name: mask.of_loss for name, mask in masks.items()},
+        {name: mask.of_read for name, mask in masks.items()},
+        {name: mask.take_slope_of_shift() for name, mask in masks.items()},
+    )
 
 
 def _log_probabilities(model: nn.Module, ids: Tensor, plan: SparsityPlan) -> Tensor:
@@ -202,10 +210,9 @@ def _masks(
     }
 
 
-def _spreads(
-    model: nn.Module, names: Sequence[str], sink_tokens: int, windows: Tensor
-) -> dict[str, Tensor]:
+def _spreads(model: nn.Module, plan: SparsityPlan, windows: Tensor) -> dict[str, Tensor]:
     """Standard deviation over tokens of every output of projections of the dense model."""
+    sink_tokens = plan.config.sink_tokens
     found = {}
 
     def hook_of(name: str) -> Any:
@@ -215,15 +222,14 @@ def _spreads(
 
         return hook
 
-    decoder = decoder_of(model)
     with ExitStack() as stack:
-        stack.callback(decoder.train, decoder.training)
-        for name in names:
+        stack.callback(model.train, model.training)
+        for name in plan.layers:
             module = model.get_submodule(name)
             stack.callback(module.register_forward_hook(hook_of(name)).remove)
-        decoder.eval()
+        model.eval()
         with torch.no_grad():
-            decoder(input_ids=windows, use_cache=False)
+            model(input_ids=windows, use_cache=False)
     return found
 
 
@@ -276,6 +282,8 @@ def _settled(
     try:
         modules = {m.name: m for m in model.modules() if isinstance(m, SparseLinear)}
         device = next(model.parameters()).device
+        # Logits are large, and needed only where a head is one of the projections.
+        run = model if head_name(model) in plan.layers else decoder_of(model)
         steps = _TRIES * len(windows.split(_BATCH))
 
         def realised(log_factor: float) -> Mapping[str, float]:
@@ -283,7 +291,7 @@ def _settled(
                 modules[name].threshold = _scaled(layer.threshold, log_factor).to(device)
             with measure_sparsity(model) as counter, torch.no_grad():
                 for ids in windows.split(_BATCH):
-                    decoder_of(model)(input_ids=ids, use_cache=False)
+                    run(input_ids=ids, use_cache=False)
                     advance()
             return counter.by_projection
 

@@ -16,10 +16,20 @@ import wina
 from wina.errors import ConfigError
 from wina.inspection import measure_sparsity
 from wina.plan import SparsityPlan, weighted_mean
+from wina.planes import in_planes
+from wina.projections import linear_of
 from wina.refinement import Exercise, Learned, Refinement, Slopes
 from wina.refining import _Mask, _masked, _masks, refine
 
 QUICK = "learned:steps=12:channels=0.1:constants=0.02:batch=256:text=2048"
+
+
+BESIDE = [
+    {"selector": "importance"},
+    {"weight_dtype": "int4+int4"},
+    {"head": "sparse"},
+    {"selector": "importance", "weight_dtype": "int4+int4", "head": "sparse"},
+]
 
 
 class Analytic:
@@ -159,7 +169,7 @@ def test_learning_lowers_the_divergence_at_the_same_bytes(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"weight_dtype": "int8"}, {"criterion": "magnitude"}, {"selector": "importance"}]
+    "settings", [{"weight_dtype": "int8"}, {"criterion": "magnitude"}, *BESIDE]
 )
 def test_goes_with_other_parts(llama: nn.Module, settings: dict[str, str]) -> None:
     plan = plan_for(llama, refinement=QUICK, sparsity=0.5, **settings)
@@ -167,15 +177,18 @@ def test_goes_with_other_parts(llama: nn.Module, settings: dict[str, str]) -> No
     assert plan.config.refinement_spec == plan.calibration["refinement"] == QUICK
 
 
-@pytest.mark.parametrize("selector", ["threshold", "importance"])
-def test_what_is_learned_from_is_the_sparse_model(llama: nn.Module, selector: str) -> None:
-    plan = plan_for(llama, sparsity=0.6, selector=selector)
+@pytest.mark.parametrize("settings", [{}, *BESIDE])
+def test_what_is_learned_from_is_the_sparse_model(
+    llama: nn.Module, settings: dict[str, str]
+) -> None:
+    plan = plan_for(llama, sparsity=0.6, **settings)
     ids = CALIBRATION.reshape(-1, 128)[:2]
-    logs = {name: layer.threshold.log() for name, layer in plan.layers.items()}
+    logs = {name: layer.threshold.clamp_min(0.0).log() for name, layer in plan.layers.items()}
     units = {name: torch.ones(layer.projection.out_features) for name, layer in plan.layers.items()}
+    modules = {name: linear_of(llama, name) for name in plan.layers}
     with torch.no_grad():
         dense = llama(input_ids=ids).logits
-        with _masked(llama, _masks(plan, logs, units)):
+        with in_planes(modules, plan.config.kept_as), _masked(llama, _masks(plan, logs, units)):
             masked = llama(input_ids=ids).logits
         wina.sparsify(llama, plan, prefill="all", backend="reference")
         sparse = llama(input_ids=ids).logits
@@ -217,13 +230,24 @@ def test_the_budget_is_met_whatever_was_moved_and_fixed_channels_stay(llama: nn.
     torch.testing.assert_close(ratio, torch.full_like(ratio, 3.0 / (len(fixed) - 1)))
 
 
-def test_the_kernels_read_what_was_learned(llama: nn.Module, tmp_path: Path) -> None:
-    plan = plan_for(llama, refinement=QUICK)
+@pytest.mark.parametrize("settings", [{}, BESIDE[-1]])
+def test_the_kernels_read_what_was_learned(
+    llama: nn.Module, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    plan = plan_for(llama, refinement=QUICK, **settings)
     loaded = SparsityPlan.load(plan.save(tmp_path))
-    wina.sparsify(llama, loaded)
+    wina.sparsify(llama, loaded, keep_original=True)
     for name, layer in plan.layers.items():
         assert torch.equal(llama.get_submodule(name).threshold, layer.threshold)
         assert torch.equal(llama.get_submodule(name).shift, layer.terms.bias)  # type: ignore[arg-type]
+    token = CALIBRATION[None, :1]
+    with torch.no_grad():
+        found = llama(input_ids=token).logits
+        wina.restore(llama)
+        dense = llama(input_ids=token).logits
+        wina.sparsify(llama, loaded, backend="reference")
+        wanted = llama(input_ids=token).logits
+    assert (found - wanted).abs().median() < 1e-3 * (dense - wanted).abs().median()
 
 
 def test_is_reproducible(llama: nn.Module) -> None:
