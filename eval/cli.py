@@ -15,6 +15,7 @@ from wina.cli_options import (
     CountAs,
     Dtype,
     HeadDtype,
+    MeasurementsFolder,
     Model,
     Text,
     Trust,
@@ -272,12 +273,14 @@ def eval_ppl(
             "that it holds already are not measured again.",
         ),
     ] = None,
+    measurements: MeasurementsFolder = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity of methods × sparsities on a text that calibration never saw.
 
     `wina eval ppl --text wiki.test.raw --methods wina,wina-plus/weight_dtype=int4+int4`
     """
+    from wina.calibration import measurements_in
     from wina.eval.perplexity import (
         compare,
         comparison_document,
@@ -307,11 +310,12 @@ def eval_ppl(
             document = json.dumps(comparison_document(title, rows, identity), indent=1)
             write_atomically(output, (document + "\n").encode())
 
+    asked = numbers(sparsities)
     rows = compare(
         loaded,
         tokenizer,
         names(methods),
-        numbers(sparsities),
+        asked,
         texts=texts,
         calibration=calibration_texts,
         tokens=tokens or None,
@@ -321,6 +325,9 @@ def eval_ppl(
         head_dtype=head_dtype,
         after_row=save,
         known=[] if output is None else saved_rows(output, identity),
+        measurements=None
+        if measurements is None
+        else measurements_in(measurements, loaded, calibration_texts, max(asked)),
     )
     print_comparison(title, rows, prefill, identity)
 

@@ -194,6 +194,7 @@ def compare(
     head_dtype: str = AUTO,
     after_row: Callable[[list[dict[str, Any]]], object] | None = None,
     known: Sequence[Mapping[str, Any]] = (),
+    measurements: Measurements | None = None,
 ) -> list[dict[str, Any]]:
     """Perplexity of every method at every sparsity, calibrated on another text.
 
@@ -213,6 +214,7 @@ def compare(
         head_dtype: of the sparse models' head, as :func:`wina.decode` reads it.
         after_row: gets the rows so far whenever there is one more.
         known: rows that are not to be measured again.
+        measurements: where those of allocations are kept; in memory by default.
 
     Returns:
         Rows of {method, sparsity, realised_bytes_sparsity, perplexity, nats_over_dense,
@@ -233,7 +235,8 @@ def compare(
         for column in columns
         if column.config is not None and (column.label, column.sparsity) not in measured
     ]
-    measurements = Measurements(max((config.sparsity for _, config in left), default=0.0))
+    if measurements is None:
+        measurements = Measurements(max((config.sparsity for _, config in left), default=0.0))
     for label, config in left:
         with rotated(model, config.rotation_spec, tokenizer, show_progress):
             sparsify(

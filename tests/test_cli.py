@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -96,6 +97,27 @@ def test_eval_ppl_goes_on_where_it_was(folder: str, tmp_path: Path) -> None:
     assert json.loads(saved.read_text())["rows"] == rows
     with pytest.raises(WinaError, match="another --output"):
         invoke(*common, "--tokens", "256", "--methods", "wina")
+
+
+def test_eval_ppl_keeps_what_allocations_measured(folder: str, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+
+    def rows(sparsities: str, *more: str) -> list[dict[str, Any]]:
+        out = invoke(
+            "eval", "ppl", "--model", folder, "--sparsities", sparsities, "--tokens", "512",
+            "--methods", "teal-greedy", "--calibration-tokens", "512", *more,
+        )  # fmt: skip
+        found: list[dict[str, Any]] = json.loads(out.splitlines()[-1])["rows"]
+        return found
+
+    there = ("--measurements", str(kept))
+    assert rows("0.4,0.5", *there) == rows("0.4,0.5")
+    (path,) = kept.iterdir()
+    written = path.stat().st_mtime_ns
+    rows("0.5", *there)  # walked as far before
+    assert [(p, p.stat().st_mtime_ns) for p in kept.iterdir()] == [(path, written)]
+    rows("0.5", *there, "--dtype", "bfloat16")  # another model
+    assert len(list(kept.iterdir())) == 2
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ An allocation policy divides the budget over the projections, one pass of the de
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +24,12 @@ from wina.errors import CalibrationError, PatchStateError, UnsupportedModelError
 from wina.experts import ROLES, ExpertsCalibrator, FusedExperts
 from wina.importance import TokenImportance
 from wina.methods import METHODS
-from wina.offload import WeightsOf, is_offloaded
+from wina.offload import WeightsOf, is_offloaded, weight_of
 from wina.plan import (
     ExpertsPlan,
     SparsityPlan,
     experts_sample,
+    weight_sample,
 )
 from wina.planes import in_planes
 from wina.projections import (
@@ -44,7 +47,7 @@ from wina.refinement import NO_REFINEMENT
 from wina.refining import refine
 from wina.rotation import check_rotation, rotation_of
 from wina.scores import ChannelScores
-from wina.texts import bundled, evenly, to_windows
+from wina.texts import bundled, digest, evenly, to_windows
 
 logger = logging.getLogger(__name__)
 
@@ -219,6 +222,26 @@ def calibrate(
     if config.refinement_spec != NO_REFINEMENT:
         plan = refine(model, plan, refinement, text, windows, show_progress)
     return plan
+
+
+def measurements_in(
+    folder: Path, model: nn.Module, texts: Sequence[str] | None, reach: float = 0.0
+) -> Measurements:
+    """What a folder holds of measurements on this model and this calibration text.
+
+    Args:
+        folder: made when there is something to keep.
+        model: known by samples of its weights; it may be offloaded.
+        texts: as of :func:`calibrate`; None for the bundled text.
+        reach: the highest sparsity that will be asked for.
+    """
+    weights = hashlib.sha256()
+    for projection in find_projections(model, offloaded=True):
+        weight = weight_of(linear_of(model, projection.name))
+        weights.update(f"{projection.name} {weight.dtype}".encode())
+        weights.update(weight_sample(weight).numpy().tobytes())
+    text = "bundled" if texts is None else digest(list(texts))
+    return Measurements(reach, folder, {"model": weights.hexdigest(), "text": text}, large=True)
 
 
 def _check_offloaded(model: nn.Module, config: SparsityConfig) -> None:

@@ -23,6 +23,7 @@ from wina.cli_options import (
     Head,
     HeadDtype,
     Json,
+    MeasurementsFolder,
     Method,
     Model,
     Sparsity,
@@ -43,9 +44,6 @@ from wina.errors import WinaError
 from wina.eval.cli import app as eval_app
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from wina.allocation import Measurements
     from wina.plan import SparsityPlan
 
 app = typer.Typer(
@@ -161,13 +159,7 @@ def calibrate(
             "accelerate."
         ),
     ] = None,
-    measurements: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for what the allocation measures and for weights rounded by gptq: a run "
-            "that was stopped finds them there, and one at another sparsity the measurements."
-        ),
-    ] = None,
+    measurements: MeasurementsFolder = None,
     json_output: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -176,6 +168,7 @@ def calibrate(
     Use it with `wina.sparsify(model, wina.SparsityPlan.load(folder))`.
     """
     import wina
+    from wina.calibration import measurements_in
 
     config = wina.SparsityConfig(
         method=method,
@@ -193,7 +186,7 @@ def calibrate(
     give_rotation(loaded, config.rotation_spec, tokenizer)
     plan = wina.calibrate(
         loaded, tokenizer, config, texts, offloaded=offload is not None,
-        measurements=_kept(measurements, loaded, texts),
+        measurements=measurements_in(measurements, loaded, texts) if measurements else None,
     )  # fmt: skip
     try:
         plan.save(output)
@@ -201,26 +194,6 @@ def calibrate(
         raise WinaError(f"cannot save the plan: {error}") from None
     said = f"{output}: {method} at {sparsity:.0%}, realised {plan.realised:.3f} on calibration text"
     print(json.dumps(_about(output, plan)) if json_output else said)
-
-
-def _kept(folder: Path | None, model: nn.Module, texts: list[str] | None) -> Measurements | None:
-    """What a folder holds of measurements on this model, known by its weights, and this text."""
-    if folder is None:
-        return None
-    import hashlib
-
-    from wina.allocation import Measurements
-    from wina.offload import weight_of
-    from wina.plan import weight_sample
-    from wina.projections import find_projections, linear_of
-    from wina.texts import digest
-
-    weights = hashlib.sha256()
-    for projection in find_projections(model, offloaded=True):
-        sample = weight_sample(weight_of(linear_of(model, projection.name)))
-        weights.update(projection.name.encode() + sample.numpy().tobytes())
-    text = "bundled" if texts is None else digest(texts)
-    return Measurements(0.0, folder, {"model": weights.hexdigest(), "text": text}, large=True)
 
 
 @app.command()

@@ -73,6 +73,14 @@ CalibrationText = Annotated[
     typer.Option("--calibration", help=f"What to calibrate on: {_FILE}; default: a bundled text."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
+MeasurementsFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--measurements",
+        help="Folder for what allocations measure and for weights rounded by gptq: a run that was "
+        "stopped finds them there, and one at another sparsity the measurements.",
+    ),
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the model folder run its own code.")
 ]
