@@ -50,7 +50,7 @@ def refine(
 
     Args:
         model: dense; it is run and left as it was.
-        plan: calibrated for it, with one cut-off for all tokens.
+        plan: calibrated for it, with one cut-off for all tokens, or a factor of it for each token.
         refinement: moves the thresholds, and constants.
         text: calibration tokens [windows, S] for the refinement.
         windows: calibration tokens [windows, S] on which the budget is met.
@@ -107,6 +107,7 @@ class _Mask:
 
     Attributes:
         logs: log t [K].
+        scale: tokens [..., K] → the factor of the thresholds for each [...], None for 1.
         unit: of ``shift``: standard deviation of each output, [N] float32.
         shift: what is added to each output, in its unit, [N] float32.
         share: of the model's projection weights, this projection's.
