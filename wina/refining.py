@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wina.allocation.gradients import frozen
 from wina.inspection import measure_sparsity
-from wina.kernels import ops
+from wina.kernels import cpu, ops
 from wina.linear import SparseLinear
 from wina.patch import apply_plan, restore
 from wina.plan import ProjectionPlan, SparsityPlan, weighted_mean
@@ -57,6 +57,8 @@ def refine(
         show_progress: draw progress bars on stderr.
     """
     device = next(model.parameters()).device
+    if device.type == "cpu":
+        cpu.load()  # masks are one pass then
     windows, text = windows.to(device), text.to(device)
     layers = plan.layers
     logs = {name: layer.threshold.clamp_min(0.0).log().to(device) for name, layer in layers.items()}
@@ -69,7 +71,7 @@ def refine(
     with in_planes(modules, plan.config.kept_as), frozen(model):
         masks = _masks(plan, logs, _spreads(model, plan, windows[:1]))
         shifts = {name: mask.shift.detach() for name, mask in masks.items()}
-        slopes = partial(_slopes, model, plan, masks)
+        slopes = partial(_slopes, model, plan, masks, refinement.moves_constants)
         refinement.refine(Exercise(text, logs, 1.0 - asked, slopes, shifts, show_progress))
         constants = {name: mask.constant.detach().cpu() for name, mask in masks.items()}
     moved = _shifted(_moved(plan, start, logs), constants)
@@ -77,12 +79,16 @@ def refine(
 
 
 def _slopes(
-    model: nn.Module, plan: SparsityPlan, masks: Mapping[str, _Mask], ids: Tensor
+    model: nn.Module,
+    plan: SparsityPlan,
+    masks: Mapping[str, _Mask],
+    constants: bool,
+    ids: Tensor,
 ) -> Slopes:
     """What moving the thresholds and constants of masks does on windows [B, S]."""
     with torch.no_grad():
         dense = _log_probabilities(model, ids, plan)
-    with _masked(model, masks):
+    with _masked(model, masks, constants):
         sparse = _log_probabilities(model, ids, plan)
         loss = F.kl_div(sparse, dense, reduction="batchmean", log_target=True)
         loss.backward()
@@ -140,18 +146,18 @@ class _Mask:
     def before(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Mask the input of the projection."""
         x = arguments[0]
-        start = self.prefill.start(x.shape[-2])
-        tokens = x[..., start:, :]
         with torch.no_grad():
-            scale = self.scale(tokens)
-        masked: Tensor = _Masking.apply(tokens, scale, self)  # type: ignore[no-untyped-call]
-        return (torch.cat([x[..., :start, :], masked], dim=-2), *arguments[1:])
+            scale = self.scale(x)
+            scale = torch.ones(x.shape[:-1], device=x.device) if scale is None else scale
+            scale[..., : self.prefill.start(x.shape[-2])] = 0.0  # all is kept
+        masked: Tensor = _Masking.apply(x, scale, self)  # type: ignore[no-untyped-call]
+        return (masked, *arguments[1:])
 
     def after(self, _: nn.Module, __: Any, y: Tensor) -> Tensor:
         """Add the constant to the output of the projection."""
-        start = self.prefill.start(y.shape[-2])
-        shifted = y[..., start:, :] + self.constant.to(y.dtype)
-        return torch.cat([y[..., :start, :], shifted], dim=-2)
+        sparse = torch.ones(y.shape[-2], 1, device=y.device)
+        sparse[: self.prefill.start(y.shape[-2])] = 0.0
+        return y + (sparse * self.constant).to(y.dtype)
 
     def take_slope_of_shift(self) -> Tensor:
         """∂loss/∂shift [N] of the last run, which is forgotten."""
@@ -164,32 +170,37 @@ class _Masking(torch.autograd.Function):
 
     Raising log t_j by ε drops the tokens with log t_j < log|x_j| ≤ log t_j + ε, and each costs
     −x_j·∂loss/∂(what is kept of x_j) to first order: that derivative is estimated with a kernel
-    around the threshold.
+    around the threshold. Tokens with a scale of zero stay dense and do not count.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor | None, mask: _Mask) -> Tensor:
-        threshold = mask.logs.exp()
+    def forward(ctx: Any, x: Tensor, scale: Tensor, mask: _Mask) -> Tensor:
+        threshold = mask.logs.exp().clamp_max_(torch.finfo(torch.float32).max)
+        masked = ops.mask_inputs(x, threshold, scale)
         ctx.mask = mask
-        ctx.save_for_backward(x, threshold, scale)
-        return ops.mask_inputs(x, threshold, scale)
+        ctx.save_for_backward(x, masked != 0.0, threshold, scale)
+        return masked
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = gradients
-        x, threshold, scale = ctx.saved_tensors
+        x, kept, threshold, scale = ctx.saved_tensors
         mask: _Mask = ctx.mask
-        size = x.abs().float()
-        if scale is not None:
-            size /= scale.unsqueeze(-1)
-        distance = size.clamp_min(1e-30).log_().sub_(mask.logs).div_(_WIDTH).abs_()
-        near = distance.neg_().add_(1.0).clamp_min_(0.0).div_(_WIDTH).flatten(0, -2)
-        lost = (gradient * x).flatten(0, -2).float()
-        mask.of_loss = -(near * lost).sum(0)
-        mask.of_read = near.mean(0) * (-mask.share / x.shape[-1])
-        keep = size > threshold
-        mask.read = mask.share * float(keep.float().mean())
-        return gradient * keep, None, None
+        # log |x_j|/t_j of sparse tokens; −∞, far from zero, for what has no slope.
+        ratio = x.abs() * _inverse(threshold)
+        ratio *= _inverse(scale).unsqueeze(-1)
+        near = ratio.log_().abs_().neg_().add_(_WIDTH).clamp_min_(0.0).flatten(0, -2)
+        mask.of_loss = (near * (gradient * x).flatten(0, -2)).sum(0).div_(-(_WIDTH**2))
+        sparse = scale.flatten() > 0.0
+        each = mask.share / (int(sparse.sum()) * x.shape[-1])
+        mask.of_read = near.sum(0).mul_(-each / _WIDTH**2)
+        mask.read = each * float(kept.flatten(0, -2).sum(1)[sparse].sum())
+        return gradient * kept, None, None
+
+
+def _inverse(x: Tensor) -> Tensor:
+    """1/x where x is positive, else 0."""
+    return torch.where(x > 0.0, 1.0 / x, 0.0)
 
 
 def _masks(
@@ -235,12 +246,15 @@ def _spreads(model: nn.Module, plan: SparsityPlan, windows: Tensor) -> dict[str,
 
 
 @contextmanager
-def _masked(model: nn.Module, masks: Mapping[str, _Mask]) -> Iterator[None]:
+def _masked(
+    model: nn.Module, masks: Mapping[str, _Mask], constants: bool = False
+) -> Iterator[None]:
     with ExitStack() as stack:
         for name, mask in masks.items():
             module = model.get_submodule(name)
             stack.callback(module.register_forward_pre_hook(mask.before).remove)
-            stack.callback(module.register_forward_hook(mask.after).remove)
+            if constants:
+                stack.callback(module.register_forward_hook(mask.after).remove)
         yield
 
 

@@ -75,14 +75,14 @@ def test_slopes_are_those_of_moved_thresholds(weighed: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 200_002, 3)
     g = torch.sign(x) * torch.tensor([1.0, -2.0, 0.5])
-    factor = 1.0 + torch.rand(1, 200_000) if weighed else None
+    factor = 1.0 + torch.rand(1, 200_002) if weighed else None
     logs = torch.tensor([0.5, 0.8, 1.5]).log()
     mask = _Mask(logs, torch.ones(1), share=0.25, sink_tokens=2, scale=lambda _: factor)
     inputs = x.clone().requires_grad_()
     (masked,) = mask.before(nn.Identity(), (inputs,))
     ((masked * g)[:, 2:].sum() / 200_000).backward()
 
-    cutoffs = mask.logs.exp() if factor is None else mask.logs.exp() * factor.unsqueeze(-1)
+    cutoffs = mask.logs.exp() if factor is None else mask.logs.exp() * factor[:, 2:].unsqueeze(-1)
 
     def at(step: float, of: Tensor) -> Tensor:
         keep = x[:, 2:].abs() > cutoffs * math.exp(step)

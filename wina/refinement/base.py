@@ -65,10 +65,12 @@ class Refinement(ABC):
     Attributes:
         needs: what it has to compute.
         text: calibration tokens that it wants to read, where there are as many.
+        moves_constants: it reads slopes of constants; without, they stay at zero.
     """
 
     needs: Needs = Needs.NOTHING
     text: int = 0
+    moves_constants: bool = False
 
     @abstractmethod
     def refine(self, exercise: Exercise) -> None:

@@ -52,6 +52,7 @@ class Learned(Refinement):
         self.steps = whole("steps", steps)
         self.channels = share("channels", channels, zero=True)
         self.constants = share("constants", constants, zero=True)
+        self.moves_constants = self.constants > 0.0
         self.batch = whole("batch", batch)
         self.text = whole("text", text)
 
