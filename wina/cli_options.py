@@ -70,7 +70,12 @@ _FILE = "a text file, or .jsonl with a field text, page or content, each maybe .
 Text = Annotated[str | None, typer.Option(help=f"What to read: {_FILE}; default: a bundled text.")]
 CalibrationText = Annotated[
     str | None,
-    typer.Option("--calibration", help=f"What to calibrate on: {_FILE}; default: a bundled text."),
+    typer.Option(
+        "--calibration",
+        help=f"What to calibrate on: {_FILE}, or with instruction, input, output. Several by "
+        "commas, `calibration` for the bundled one, FILE@200 for 200 documents of a file; default: "
+        "the bundled one.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
 MeasurementsFolder = Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from wina.files import parse_json
 DOCUMENT_MARK = "<|doc|>"
 # Fields of a row of JSON that may hold the text, in this order.
 FIELDS = ("text", "page", "content")
+# Or all of them together: the fields of instruction data sets such as Alpaca.
+INSTRUCTION_FIELDS = ("instruction", "input", "output")
 _NAMES = ("heldout", "calibration")
 
 
@@ -29,14 +31,39 @@ def bundled(name: str) -> list[str]:
 
 
 def read_documents(source: str) -> list[str]:
-    """Documents of ``"heldout"`` (bundled), a text file, or a ``.jsonl`` file, each maybe ``.gz``.
+    """Documents of texts named by commas: ``calibration,wiki.jsonl.gz,instructions.jsonl@200``.
 
-    A text file is one document; a row of JSON is a document, in its field ``text``, ``page`` or
-    ``content``.
+    A text is ``heldout`` or ``calibration`` (bundled), a text file, or a ``.jsonl`` file, each
+    maybe ``.gz``. A text file is one document; a row of JSON is a document, in its field ``text``,
+    ``page`` or ``content``, or in ``instruction``, ``input`` and ``output`` together. ``@200``
+    takes 200 documents, evenly from all.
 
     Raises:
         WinaError: it cannot be read, or a row has none of these fields.
     """
+    names = [source] if _exists(source) else source.split(",")
+    return [document for name in names for document in _some(name)]
+
+
+def _some(name: str) -> list[str]:
+    """The documents of ``FILE``, or N of them for ``FILE@N``."""
+    file, _, number = name.rpartition("@")
+    if _exists(name) or not (file and number.isdecimal() and int(number)):
+        return _documents(name)
+    documents = _documents(file)
+    count = min(int(number), len(documents))
+    return [documents[index * len(documents) // count] for index in range(count)]
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:  # too long a name
+        return False
+
+
+def _documents(source: str) -> list[str]:
+    """The documents of one bundled text or file."""
     if source in _NAMES:
         return bundled(source)
     path = Path(source)
@@ -58,12 +85,21 @@ def _rows(path: Path, lines: Iterable[str]) -> list[str]:
             continue
         try:
             row = parse_json(line)
-            documents.append(str(next(row[field] for field in FIELDS if field in row)))
-        except (ValueError, TypeError, StopIteration):
+            documents.append(_text_of(row))
+        except (ValueError, TypeError, AttributeError, StopIteration):
             raise WinaError(
-                f"{path}, line {number}: expected JSON with a field {', '.join(FIELDS)}"
+                f"{path}, line {number}: expected JSON with a field {', '.join(FIELDS)}, or with "
+                f"{', '.join(INSTRUCTION_FIELDS)}"
             ) from None
     return documents
+
+
+def _text_of(row: Mapping[str, Any]) -> str:
+    """The text of a row of JSON; StopIteration where it has none."""
+    parts = [str(row[field]) for field in INSTRUCTION_FIELDS if row.get(field)]
+    if "instruction" in row and parts:
+        return "\n".join(parts)
+    return str(next(row[field] for field in FIELDS if field in row))
 
 
 def digest(documents: list[str]) -> str:

@@ -232,6 +232,24 @@ def test_documents_from_files(tmp_path: Path) -> None:
         read_documents(str(tmp_path / "none.txt"))
 
 
+def test_documents_from_several_files_and_from_instructions(tmp_path: Path) -> None:
+    rows: list[dict[str, str]] = [{"text": str(index)} for index in range(10)]
+    rows.append({"instruction": "Add.", "input": "", "output": "3", "text": "all of it"})
+    file = tmp_path / "a@3.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    plain = tmp_path / "b,c.txt"
+    plain.write_text("plain", encoding="utf-8")
+    assert read_documents(str(file))[-2:] == ["9", "Add.\n3"]
+    assert read_documents(f"{file}@3") == ["0", "3", "7"]
+    assert read_documents(f"{file}@100") == read_documents(str(file))
+    assert read_documents(str(plain)) == ["plain"]
+    both = read_documents(f"calibration,{file}@2")
+    assert both == [*read_documents("calibration"), "0", "5"]
+    for wrong in (f"{file}@0", f"{file}@x", f"{file},", "x" * 5000):
+        with pytest.raises(WinaError, match="cannot read"):
+            read_documents(wrong)
+
+
 def test_mean_metric() -> None:
     found = mean_metric([1.0, 0.0, 0.0, 1.0], True)
     assert found.value == 0.5
