@@ -43,11 +43,11 @@ class Learned(Refinement):
 
     def __init__(
         self,
-        steps: float = 32,
-        channels: float = 0.05,
+        steps: float = 96,
+        channels: float = 0.02,
         constants: float = 0.0,
         batch: float = 1024,
-        text: float = 24576,
+        text: float = 98304,
     ) -> None:
         self.steps = whole("steps", steps)
         self.channels = share("channels", channels, zero=True)
