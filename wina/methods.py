@@ -143,7 +143,7 @@ METHODS.register("wina-learned")(
     Method(
         "norm-power:0.5",
         "fisher",
-        "wina-plus, and a factor for each channel learned by KL with frozen weights: minutes",
+        "wina-plus, with thresholds of channels and constants of outputs learned by KL: minutes",
         selector="importance",
         refinement="learned",
     )

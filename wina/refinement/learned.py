@@ -45,7 +45,7 @@ class Learned(Refinement):
         self,
         steps: float = 96,
         channels: float = 0.02,
-        constants: float = 0.0,
+        constants: float = 0.005,
         batch: float = 1024,
         text: float = 98304,
     ) -> None:
