@@ -85,8 +85,10 @@ def _rows(path: Path, lines: Iterable[str]) -> list[str]:
             continue
         try:
             row = parse_json(line)
+            if not any(field in row for field in (*FIELDS, INSTRUCTION_FIELDS[0])):
+                raise ValueError("no text")
             documents.append(_text_of(row))
-        except (ValueError, TypeError, AttributeError, StopIteration):
+        except (ValueError, TypeError, AttributeError):
             raise WinaError(
                 f"{path}, line {number}: expected JSON with a field {', '.join(FIELDS)}, or with "
                 f"{', '.join(INSTRUCTION_FIELDS)}"
@@ -95,11 +97,11 @@ def _rows(path: Path, lines: Iterable[str]) -> list[str]:
 
 
 def _text_of(row: Mapping[str, Any]) -> str:
-    """The text of a row of JSON; StopIteration where it has none."""
-    parts = [str(row[field]) for field in INSTRUCTION_FIELDS if row.get(field)]
-    if "instruction" in row and parts:
-        return "\n".join(parts)
-    return str(next(row[field] for field in FIELDS if field in row))
+    """The text of a row of JSON, empty where it has none."""
+    for field in FIELDS:
+        if field in row:
+            return str(row[field])
+    return "\n".join(str(row[field]) for field in INSTRUCTION_FIELDS if row.get(field))
 
 
 def digest(documents: list[str]) -> str:

@@ -234,17 +234,18 @@ def test_documents_from_files(tmp_path: Path) -> None:
 
 def test_documents_from_several_files_and_from_instructions(tmp_path: Path) -> None:
     rows: list[dict[str, str]] = [{"text": str(index)} for index in range(10)]
-    rows.append({"instruction": "Add.", "input": "", "output": "3", "text": "all of it"})
+    rows.append({"instruction": "Add.", "input": "1, 2", "output": "3", "text": "all of it"})
+    rows.append({"instruction": "Add.", "input": "", "output": "3"})
     file = tmp_path / "a@3.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     plain = tmp_path / "b,c.txt"
     plain.write_text("plain", encoding="utf-8")
-    assert read_documents(str(file))[-2:] == ["9", "Add.\n3"]
-    assert read_documents(f"{file}@3") == ["0", "3", "7"]
+    assert read_documents(str(file))[-3:] == ["9", "all of it", "Add.\n3"]
+    assert read_documents(f"{file}@3") == ["0", "4", "8"]
     assert read_documents(f"{file}@100") == read_documents(str(file))
     assert read_documents(str(plain)) == ["plain"]
     both = read_documents(f"calibration,{file}@2")
-    assert both == [*read_documents("calibration"), "0", "5"]
+    assert both == [*read_documents("calibration"), "0", "6"]
     for wrong in (f"{file}@0", f"{file}@x", f"{file},", "x" * 5000):
         with pytest.raises(WinaError, match="cannot read"):
             read_documents(wrong)

@@ -99,6 +99,20 @@ def test_slopes_are_those_of_moved_thresholds(weighed: bool) -> None:
     torch.testing.assert_close(inputs.grad[:, 2:], (g[:, 2:] * kept) / 200_000)  # type: ignore[index]
 
 
+def test_sinks_keep_what_is_always_dropped() -> None:
+    x = torch.randn(1, 6, 3)
+    logs = torch.tensor([torch.inf, -torch.inf, 0.5])
+    mask = _Mask(logs, torch.ones(1), share=1.0, sink_tokens=2, scale=lambda _: None)
+    inputs = x.clone().requires_grad_()
+    (masked,) = mask.before(nn.Identity(), (inputs,))
+    masked.sum().backward()
+    kept = torch.stack([torch.zeros(4), torch.ones(4), (x[0, 2:, 2].abs() > logs[2].exp())], 1)
+    torch.testing.assert_close(masked[0], x[0] * torch.cat([torch.ones(2, 3), kept]))
+    torch.testing.assert_close(inputs.grad, (masked != 0.0).float())
+    assert not mask.of_loss[:2].any()
+    assert not mask.of_read[:2].any()
+
+
 def test_constants_that_are_missing_are_learned() -> None:
     """Sparse logits that lack a constant: the divergence falls to zero."""
     target = torch.tensor([0.5, -0.25, 0.0, 0.25])
