@@ -82,21 +82,27 @@ def test_names() -> None:
 
 
 @pytest.mark.parametrize("selector", list(SELECTORS))
-def test_levels_are_the_masks(selector: str) -> None:
-    """Levels count the sparsities at which a channel is kept; sparsity 0 keeps all."""
+def test_masks_drop_what_was_asked(selector: str) -> None:
     weight, x = torch.randn(24, 40), torch.randn(30, 40)
     scores = ChannelScores([weight], create(CRITERIA, "l2-norm"), create(SELECTORS, selector), 0)
-    grid = [0.0, 0.2, 0.5, 0.9]
-    levels = scores.levels(x, grid)
     histogram = ScoreHistogram()
     scores.count(histogram, x, 0.5)
+    for sparsity in (0.0, 0.2, 0.5, 0.9):
+        keep = scores.keep(x, scores.threshold(scores.cutoff(histogram, sparsity)), sparsity)
+        if selector != "statistical":  # these scores are not normally distributed
+            assert float((~keep).float().mean()) == pytest.approx(sparsity, abs=0.02)
+
+
+def test_sums_over_a_grid_are_those_of_the_masks() -> None:
+    weight, x, g = torch.randn(24, 40), torch.randn(30, 40), torch.randn(30, 40)
+    scores = ChannelScores([weight], create(CRITERIA, "l2-norm"), create(SELECTORS, "threshold"), 0)
+    histogram = ScoreHistogram()
+    scores.count(histogram, x, 0.5)
+    grid = [0.0, 0.2, 0.5, 0.9]
+    found = scores.kept_sums(x, g, grid)
     for index, sparsity in enumerate(grid):
-        threshold = scores.threshold(scores.cutoff(histogram, sparsity))
-        keep = scores.keep(x, threshold, sparsity)
-        assert torch.equal(keep, levels > index)
-        if selector == "statistical":
-            continue  # these scores are not normally distributed
-        assert float((~keep).float().mean()) == pytest.approx(sparsity, abs=0.02)
+        keep = scores.keep(x, scores.threshold(scores.cutoff(histogram, sparsity)), sparsity)
+        torch.testing.assert_close(found[:, index], (x * g * keep).sum(-1))
 
 
 def test_channels_without_weights_are_dropped_whatever_the_cutoff() -> None:

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wina.errors import CalibrationError
-from wina.statistics import ScoreHistogram, column_norms, exceeded
+from wina.statistics import ScoreHistogram, column_norms
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
@@ -89,20 +89,3 @@ def test_empty_histogram_has_no_quantile() -> None:
         histogram.quantile(0.5)
     with pytest.raises(CalibrationError, match="between 0 and 1"):
         histogram.quantile(1.5)
-
-
-@pytest.mark.parametrize(
-    "cuts",
-    [
-        [0.5], [-1.0, 0.2, 0.2, 0.9], [0.0, 0.0, 1e-30, 5.0], [0.5, 0.5001, 0.5002, 0.50021, 3e38],
-        [], [-1.0],
-    ],
-)  # fmt: skip
-def test_exceeded_cutoffs_are_counted_as_by_a_search(cuts: list[float]) -> None:
-    known = torch.tensor(cuts)
-    scores = torch.cat([torch.rand(500) * 2, known.clamp_min(0.0), torch.zeros(3)]).view(1, -1)
-    near = known.clamp_min(0.0)
-    scores = torch.cat([scores, near.nextafter(torch.tensor(9.0))[None]], 1)
-    found = exceeded(scores, known)
-    assert found.dtype == torch.int64
-    assert torch.equal(found, torch.searchsorted(known.expand(1, -1).contiguous(), scores))

@@ -23,6 +23,7 @@ from wina.config import SparsityConfig
 from wina.errors import CalibrationError, PatchStateError, UnsupportedModelError
 from wina.experts import ROLES, ExpertsCalibrator, FusedExperts
 from wina.importance import TokenImportance
+from wina.kernels import cpu
 from wina.methods import METHODS
 from wina.offload import WeightsOf, is_offloaded, weight_of
 from wina.plan import (
@@ -94,6 +95,8 @@ def calibrate(
         raise PatchStateError(
             "the model is sparsified: call wina.restore(model) before calibrating"
         )
+    if next(model.parameters()).device.type == "cpu":
+        cpu.load()  # what is counted and masked is one pass then
     check_rotation(model, config.rotation_spec)
     projections = find_projections(model, offloaded)
     if config.head == "sparse":

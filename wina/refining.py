@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wina.allocation.gradients import frozen
 from wina.inspection import measure_sparsity
-from wina.kernels import cpu, ops
+from wina.kernels import ops
+from wina.kernels.counting import backward_operator
 from wina.linear import SparseLinear
 from wina.patch import apply_plan, restore
 from wina.plan import ProjectionPlan, SparsityPlan, weighted_mean
@@ -32,6 +32,7 @@ _WIDTH = 0.3
 _TOLERANCE = 1e-3
 _TRIES = 6
 _BATCH = 4  # windows in a forward pass that counts
+_AT_ONCE = 1 << 20  # probabilities in memory
 
 
 def refine(
@@ -57,8 +58,6 @@ def refine(
         show_progress: draw progress bars on stderr.
     """
     device = next(model.parameters()).device
-    if device.type == "cpu":
-        cpu.load()  # masks are one pass then
     windows, text = windows.to(device), text.to(device)
     layers = plan.layers
     logs = {name: layer.threshold.clamp_min(0.0).log().to(device) for name, layer in layers.items()}
@@ -70,10 +69,10 @@ def refine(
     modules = {name: linear_of(model, name) for name in layers}
     with in_planes(modules, plan.config.kept_as), frozen(model):
         masks = _masks(plan, logs, _spreads(model, plan, windows[:1]))
-        shifts = {name: mask.shift.detach() for name, mask in masks.items()}
+        shifts = {name: mask.shift for name, mask in masks.items()}
         slopes = partial(_slopes, model, plan, masks, refinement.moves_constants)
         refinement.refine(Exercise(text, logs, 1.0 - asked, slopes, shifts, show_progress))
-        constants = {name: mask.constant.detach().cpu() for name, mask in masks.items()}
+        constants = {name: mask.constant.cpu() for name, mask in masks.items()}
     moved = _shifted(_moved(plan, start, logs), constants)
     return _settled(model, moved, asked, windows, show_progress)
 
@@ -86,26 +85,55 @@ def _slopes(
     ids: Tensor,
 ) -> Slopes:
     """What moving the thresholds and constants of masks does on windows [B, S]."""
+    start = Prefill(1.0, plan.config.sink_tokens).start(ids.shape[1])
+    for mask in masks.values():
+        mask.forget()
     with torch.no_grad():
-        dense = _log_probabilities(model, ids, plan)
+        dense = _logits(model, ids)
     with _masked(model, masks, constants):
-        sparse = _log_probabilities(model, ids, plan)
-        loss = F.kl_div(sparse, dense, reduction="batchmean", log_target=True)
-        loss.backward()
+        sparse = _logits(model, ids)
+        loss, slope = _divergence(sparse.detach(), dense, start)
+        sparse.backward(slope)
     return Slopes(
-        float(loss.detach()),
+        loss,
         sum(mask.read for mask in masks.values()),
         {name: mask.of_loss for name, mask in masks.items()},
         {name: mask.of_read for name, mask in masks.items()},
-        {name: mask.take_slope_of_shift() for name, mask in masks.items()},
+        {name: mask.of_shift for name, mask in masks.items()},
     )
 
 
-def _log_probabilities(model: nn.Module, ids: Tensor, plan: SparsityPlan) -> Tensor:
-    """Of the tokens of windows [B, S] that are sparse in the sparse model, [T, vocabulary]."""
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Of windows [B, S], [B, S, vocabulary]."""
     output: Any = model(input_ids=ids, use_cache=False)
-    logits: Tensor = output.logits[:, Prefill(1.0, plan.config.sink_tokens).start(ids.shape[1]) :]
-    return logits.float().log_softmax(-1).flatten(0, 1)
+    logits: Tensor = output.logits
+    return logits
+
+
+def _divergence(sparse: Tensor, dense: Tensor, start: int) -> tuple[float, Tensor]:
+    """KL(dense ‖ sparse), mean over the tokens from ``start`` on, and ∂/∂sparse.
+
+    Probabilities are float32, and of a few tokens at a time: a large vocabulary would be most of
+    the memory otherwise.
+
+    Args:
+        sparse, dense: logits [B, S, vocabulary]. The slope is written over ``dense``.
+        start: tokens before this one do not count; their slope is 0.
+    """
+    windows, length, vocabulary = sparse.shape
+    tokens = windows * (length - start)
+    rows = max(1, _AT_ONCE // vocabulary)
+    total = 0.0
+    for q_logits, p_logits in zip(sparse, dense, strict=True):
+        p_logits[:start] = 0.0
+        for some, slope in zip(
+            q_logits[start:].split(rows), p_logits[start:].split(rows), strict=True
+        ):
+            log_q, log_p = some.float().log_softmax(-1), slope.float().log_softmax(-1)
+            p = log_p.exp()
+            total += float(log_p.sub_(log_q).mul_(p).sum(dtype=torch.float64))
+            slope.copy_(log_q.exp_().sub_(p).div_(tokens))
+    return total / tokens, dense
 
 
 class _Mask:
@@ -118,7 +146,7 @@ class _Mask:
         shift: what is added to each output, in its unit, [N] float32.
         share: of the model's projection weights, this projection's.
         read: share of the model's projection weights that it let through.
-        of_loss, of_read: see :class:`Slopes`.
+        of_loss, of_read, of_shift: see :class:`Slopes`.
     """
 
     def __init__(
@@ -132,11 +160,16 @@ class _Mask:
         self.logs = logs
         self.scale = scale
         self.unit = unit
-        self.shift = torch.zeros_like(unit, requires_grad=True)
+        self.shift = torch.zeros_like(unit)
         self.share = share
         self.prefill = Prefill(1.0, sink_tokens)
+        self.forget()
+
+    def forget(self) -> None:
+        """Set what a run finds to zero: it may not come by this projection."""
         self.read = 0.0
-        self.of_loss = self.of_read = torch.zeros_like(logs)
+        self.of_loss = self.of_read = torch.zeros_like(self.logs)
+        self.of_shift = torch.zeros_like(self.unit)
 
     @property
     def constant(self) -> Tensor:
@@ -155,52 +188,53 @@ class _Mask:
 
     def after(self, _: nn.Module, __: Any, y: Tensor) -> Tensor:
         """Add the constant to the output of the projection."""
-        sparse = torch.ones(y.shape[-2], 1, device=y.device)
-        sparse[: self.prefill.start(y.shape[-2])] = 0.0
-        return y + (sparse * self.constant).to(y.dtype)
-
-    def take_slope_of_shift(self) -> Tensor:
-        """∂loss/∂shift [N] of the last run, which is forgotten."""
-        slope, self.shift.grad = self.shift.grad, None
-        return torch.zeros_like(self.unit) if slope is None else slope
+        shifted: Tensor = _Shifting.apply(y, self)  # type: ignore[no-untyped-call]
+        return shifted
 
 
 class _Masking(torch.autograd.Function):
     """x with small channels at zero. Its backward also gives the slopes of the thresholds.
 
-    Raising log t_j by ε drops the tokens with log t_j < log|x_j| ≤ log t_j + ε, and each costs
-    −x_j·∂loss/∂(what is kept of x_j) to first order: that derivative is estimated with a kernel
-    around the threshold. Tokens with a scale of zero stay dense and do not count.
+    A token that a higher threshold drops costs −x_j·∂loss/∂(what is kept of x_j) to first order;
+    which tokens these are says :func:`wina.kernels.counting.mask_backward`. Tokens with a scale of
+    zero stay dense and do not count.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, mask: _Mask) -> Tensor:
         threshold = mask.logs.exp().clamp_max_(torch.finfo(torch.float32).max)
-        masked = ops.mask_inputs(x, threshold, scale)
         ctx.mask = mask
-        ctx.save_for_backward(x, masked != 0.0, threshold, scale)
-        return masked
+        ctx.save_for_backward(x, threshold, scale)
+        return ops.mask_inputs(x, threshold, scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        x, kept, threshold, scale = ctx.saved_tensors
+        x, threshold, scale = ctx.saved_tensors
         mask: _Mask = ctx.mask
-        # log |x_j|/t_j of sparse tokens; −∞, far from zero, for what has no slope.
-        ratio = x.abs() * _inverse(threshold)
-        ratio *= _inverse(scale).unsqueeze(-1)
-        near = ratio.log_().abs_().neg_().add_(_WIDTH).clamp_min_(0.0).flatten(0, -2)
-        mask.of_loss = (near * (gradient * x).flatten(0, -2)).sum(0).div_(-(_WIDTH**2))
-        sparse = scale.flatten() > 0.0
-        each = mask.share / (int(sparse.sum()) * x.shape[-1])
-        mask.of_read = near.sum(0).mul_(-each / _WIDTH**2)
-        mask.read = each * float(kept.flatten(0, -2).sum(1)[sparse].sum())
-        return gradient * kept, None, None
+        before, sums = backward_operator(x, gradients[0], threshold, scale, _WIDTH)
+        cost, near, kept = sums.unbind()
+        each = mask.share / (int(torch.count_nonzero(scale)) * x.shape[-1])
+        mask.of_loss = -cost
+        mask.of_read = near * -each
+        mask.read = each * float(kept.sum())
+        return before, None, None
 
 
-def _inverse(x: Tensor) -> Tensor:
-    """1/x where x is positive, else 0."""
-    return torch.where(x > 0.0, 1.0 / x, 0.0)
+class _Shifting(torch.autograd.Function):
+    """y with the constant added to sparse tokens. Its backward also gives the constant's slope."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, mask: _Mask) -> Tensor:
+        ctx.mask, ctx.start = mask, mask.prefill.start(y.shape[-2])
+        shifted = y.clone()
+        shifted[..., ctx.start :, :] += mask.constant.to(y.dtype)
+        return shifted
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        tokens = gradients[0][..., ctx.start :, :].flatten(0, -2)
+        ctx.mask.of_shift = tokens.sum(0, dtype=torch.float32) * ctx.mask.unit
+        return gradients[0], None
 
 
 def _masks(

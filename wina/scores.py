@@ -14,10 +14,11 @@ from torch import Generator, Tensor
 
 from wina.criteria import Criterion
 from wina.kernels import ops
+from wina.kernels.counting import count_operator, sums_operator
 from wina.kernels.quantization import quantize
 from wina.planes import constants_of_planes, summed
 from wina.selectors import Selector
-from wina.statistics import ScoreHistogram, exceeded
+from wina.statistics import ScoreHistogram
 
 # Rows of an input whose scores are computed at a time.
 _ROWS = 1024
@@ -74,12 +75,9 @@ class ChannelScores:
         self, histogram: ScoreHistogram, x: Tensor, sparsity: float, probe: Tensor | None = None
     ) -> None:
         """Add the scores of hidden states x [..., K], in units of each token's factor."""
-        for rows in x.reshape(-1, x.shape[-1]).split(_ROWS):
-            scores = rows.abs().to(torch.float32) * self.constants
+        for rows in x.detach().reshape(-1, x.shape[-1]).split(_ROWS):
             scale = self.selector.scale(rows, 1.0 / self.constants, sparsity, probe)
-            if scale is not None:
-                scores = scores / scale.clamp_min(1e-30).unsqueeze(-1)
-            histogram.add(scores)
+            histogram.add_counts(count_operator(rows, self.constants, scale))
 
     def threshold(self, cutoff: float) -> Tensor:
         """τ/c [K] float32; a cut-off of −1 keeps every channel, whatever its c.
@@ -101,27 +99,20 @@ class ChannelScores:
         scale = self.selector.scale(x, threshold, sparsity, probe)
         return ops.keep_mask(x.detach(), threshold, scale)
 
-    def levels(self, x: Tensor, grid: Sequence[float]) -> Tensor:
-        """At how many sparsities of a grid each channel is kept, cut-offs taken from x itself.
+    def kept_sums(self, x: Tensor, gradient: Tensor, grid: Sequence[float]) -> Tensor:
+        """Σ_j x_j·g_j over the channels kept at each sparsity of a grid.
 
-        Masks are nested: channel (t, j) is kept at ``grid[i]`` iff its level exceeds i.
+        One cut-off for all tokens, taken from x itself, whatever the selector.
 
         Args:
             x: hidden states [T, K].
-            grid: sparsities in increasing order.
+            gradient: g, of the shape and dtype of x.
+            grid: sparsities.
 
         Returns:
-            [T, K] int64.
+            [T, grid] float32.
         """
         histogram = ScoreHistogram()
-        self.count(histogram, x, grid[-1])
-        cutoffs = [self.cutoff(histogram, sparsity) for sparsity in grid]
-        one = self.threshold(1.0)
-        scales = [self.selector.scale(x, one, sparsity) for sparsity in grid]
-        scores = x.abs().to(torch.float32) * self.constants
-        if all(scale is None for scale in scales):
-            return exceeded(scores, torch.tensor(cutoffs))
-        cuts = torch.empty(len(x), len(grid), device=x.device)
-        for index, (cutoff, scale) in enumerate(zip(cutoffs, scales, strict=True)):
-            cuts[:, index] = cutoff if scale is None else cutoff * scale
-        return torch.searchsorted(cuts, scores)
+        histogram.add_counts(count_operator(x, self.constants))
+        cutoffs = torch.tensor([histogram.quantile(sparsity) for sparsity in grid])
+        return sums_operator(x, gradient, self.constants, cutoffs.to(x.device))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wina.errors import CalibrationError
+from wina.kernels.counting import BINS, SHIFT, bins_of
 
 # A norm is computed over this many weights at a time in float64, so that its peak memory does not
 # depend on the layer.
@@ -18,10 +19,6 @@ _NORM_CHUNK = 1 << 22
 
 # Hidden states widened to float32 at a time.
 _ROWS = 2048
-
-# float32 bit patterns without the sign, truncated to 8 exponent and 7 mantissa bits.
-_SHIFT = 16
-_BINS = 1 << 15
 
 
 def column_norms(weights: Sequence[Tensor], p: float = 2.0) -> Tensor:
@@ -62,7 +59,8 @@ class ScoreHistogram:
     """
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(_BINS, dtype=torch.int64)
+        self.counts = torch.zeros(BINS, dtype=torch.int64)
+        self._cumulative: Tensor | None = None
 
     @property
     def total(self) -> int:
@@ -71,19 +69,21 @@ class ScoreHistogram:
 
     def add(self, scores: Tensor) -> None:
         """Count scores (any shape, float32, ≥ 0); NaN or Inf raises :class:`CalibrationError`."""
-        if not scores.numel():
-            return
-        bits = _bins(scores)
-        if bits.min() < 0:  # the sign bit
+        if scores.numel() and scores.min() < 0:
             raise CalibrationError("scores must not be negative")
-        counts = torch.bincount(bits, minlength=_BINS).cpu()
-        if counts[_bin(torch.inf) :].any():
+        self.add_counts(torch.bincount(bins_of(scores), minlength=BINS))
+
+    def add_counts(self, counts: Tensor) -> None:
+        """Add scores that are counted: [BINS] int64, see :func:`wina.kernels.counting.bins_of`."""
+        counts = counts.cpu()
+        if counts[_INFINITE:].any():
             raise CalibrationError("found NaN or Inf among the scores")
         self.counts += counts
+        self._cumulative = None
 
     def merge(self, other: ScoreHistogram) -> None:
         """Add the scores that another histogram has seen."""
-        self.counts += other.counts
+        self.add_counts(other.counts)
 
     def quantile(self, share: float) -> float:
         """The value with ``share`` of the scores at or below it, linear inside its bin.
@@ -94,54 +94,24 @@ class ScoreHistogram:
             raise CalibrationError(f"a quantile lies between 0 and 1, not at {share}")
         if share == 0.0:
             return -1.0
-        total = self.total
+        if self._cumulative is None:
+            self._cumulative = self.counts.cumsum(0)
+        cumulative = self._cumulative
+        total = int(cumulative[-1])
         if total == 0:
             raise CalibrationError("no scores were seen, so they have no quantile")
-        cumulative = self.counts.cumsum(0)
         wanted = share * total
         index = int(torch.searchsorted(cumulative, torch.tensor(wanted, dtype=torch.float64)))
-        index = min(index, _BINS - 1)
+        index = min(index, BINS - 1)
         low, high = _edge(index), _edge(index + 1)
         below = int(cumulative[index - 1]) if index else 0
         inside = int(self.counts[index])
         return low + (high - low) * ((wanted - below) / inside if inside else 0.0)
 
 
-def exceeded(scores: Tensor, cuts: Tensor) -> Tensor:
-    """How many cut-offs each score exceeds: what ``searchsorted`` says, many times faster.
-
-    A table tells it by the score's bin; only the cut-offs inside that bin are compared.
-
-    Args:
-        scores: any shape, float32, ≥ 0.
-        cuts: [n] float32, increasing; all scores exceed a negative one.
-
-    Returns:
-        int64 of the scores' shape.
-    """
-    bins = _bins(scores)
-    positive = cuts[cuts >= 0.0].cpu()
-    of_cuts = _bins(positive).long()
-    below = torch.zeros(_BINS + 1, dtype=torch.int64)
-    below[1:] = torch.bincount(of_cuts, minlength=_BINS).cumsum(0)
-    found = (below[:-1] + (len(cuts) - len(positive))).to(scores.device).index_select(0, bins)
-    # Cut-offs that share a bin are compared one after the other.
-    rank = torch.arange(len(positive)) - below[of_cuts]
-    for number in range(int(rank.max()) + 1 if len(rank) else 0):
-        inside = torch.full((_BINS,), torch.inf)
-        inside[of_cuts[rank == number]] = positive[rank == number]
-        found += scores.flatten() > inside.to(scores.device).index_select(0, bins)
-    return found.view(scores.shape)
-
-
-def _bins(scores: Tensor) -> Tensor:
-    """The bin of every score, flat; negative for a negative one."""
-    return scores.contiguous().view(torch.int32).flatten() >> _SHIFT
-
-
-def _bin(value: float) -> int:
-    return int(_bins(torch.tensor(value, dtype=torch.float32)))
-
-
 def _edge(index: int) -> float:
-    return float(torch.tensor(index << _SHIFT, dtype=torch.int32).view(torch.float32))
+    return float(torch.tensor(index << SHIFT, dtype=torch.int32).view(torch.float32))
+
+
+# The first bin of no number.
+_INFINITE = int(bins_of(torch.tensor(torch.inf)))

@@ -68,6 +68,9 @@ OPERATORS = (
     "mean_scale",
     "probe_scale",
     "tracked_scale",
+    "count_scores",
+    "kept_sums",
+    "mask_backward",
     "decode_step",
 )
 

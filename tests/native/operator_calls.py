@@ -130,6 +130,14 @@ def arguments_of(operator: Operator, draw: Draw) -> dict[str, Any]:
             return draw.often(lambda: draw.normal(*draw.leading(x), draw.N))
         if name == "activation":
             return draw.rng.choice(list(reference.ACTIVATIONS))
+        if name == "gradient":
+            return draw.normal(*x.shape)
+        if name == "constants":
+            return torch.rand(draw.K) * draw.rng.choice((0.0, 1.0, 3.0))
+        if name == "cutoffs":
+            return torch.rand(draw.rng.randint(0, 20)).sort().values * 2 - 0.1
+        if name == "width":
+            return 0.3
         if name == "dropped":
             return draw.rng.randint(1, draw.K - 1)
         if name == "probe":
@@ -188,7 +196,8 @@ def compare(operator: Operator, arguments: Mapping[str, Any], got: Any, dtype: t
 
     want = operator.definition(**{name: exact(name, v) for name, v in arguments.items()})
     allowed = 1e-4 if torch.finfo(dtype).eps < 1e-6 else 0.05
-    for one, other in zip(*((r if isinstance(r, list) else [r]) for r in (got, want)), strict=True):
+    as_lists = (list(r) if isinstance(r, (list, tuple)) else [r] for r in (got, want))
+    for one, other in zip(*as_lists, strict=True):
         if one.shape != other.shape:
             raise SystemExit(f"{operator.name}: shape {one.shape}, expected {other.shape}")
         one, other = one.double(), other.double()

@@ -19,7 +19,7 @@ from wina.plan import SparsityPlan, weighted_mean
 from wina.planes import in_planes
 from wina.projections import linear_of
 from wina.refinement import Exercise, Learned, Refinement, Slopes
-from wina.refining import _Mask, _masked, _masks, refine
+from wina.refining import _divergence, _Mask, _masked, _masks, refine
 
 QUICK = "learned:steps=12:channels=0.1:constants=0.02:batch=256:text=2048"
 
@@ -140,16 +140,34 @@ def test_constants_that_are_missing_are_learned() -> None:
 def test_slopes_of_constants_are_those_of_added_constants() -> None:
     units = torch.tensor([2.0, 3.0])
     mask = _Mask(torch.zeros(3), units, share=1.0, sink_tokens=2, scale=lambda _: None)
-    y, g = torch.randn(1, 6, 2), torch.randn(1, 6, 2)
-    with torch.no_grad():
-        mask.shift += torch.tensor([1.0, -1.0])
+    y, g = torch.randn(1, 6, 2).requires_grad_(), torch.randn(1, 6, 2)
+    mask.shift += torch.tensor([1.0, -1.0])
     shifted = mask.after(nn.Identity(), None, y)
     torch.testing.assert_close(shifted[:, :2], y[:, :2])
     torch.testing.assert_close(shifted[:, 2:], y[:, 2:] + torch.tensor([2.0, -3.0]))
     (shifted * g).sum().backward()
-    slope = mask.take_slope_of_shift()
-    torch.testing.assert_close(slope, g[0, 2:].sum(0) * torch.tensor([2.0, 3.0]))
-    assert not mask.take_slope_of_shift().any()
+    torch.testing.assert_close(mask.of_shift, g[0, 2:].sum(0) * torch.tensor([2.0, 3.0]))
+    torch.testing.assert_close(y.grad, g)
+    mask.forget()
+    assert not mask.of_shift.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_divergence_and_its_slope(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wina.refining._AT_ONCE", 100)  # rows of 3, 3, 1 tokens
+    sparse, dense = (torch.randn(2, 9, 33) * 2).to(dtype), (torch.randn(2, 9, 33) * 2).to(dtype)
+    known = sparse.double().requires_grad_()
+    want = F.kl_div(
+        known[:, 2:].log_softmax(-1).flatten(0, 1),
+        dense.double()[:, 2:].log_softmax(-1).flatten(0, 1),
+        reduction="batchmean", log_target=True,
+    )  # fmt: skip
+    want.backward()
+    found, slope = _divergence(sparse, dense, 2)
+    assert found == pytest.approx(float(want.detach()), rel=1e-5)
+    assert slope.dtype == dtype
+    precision = torch.finfo(dtype).eps
+    torch.testing.assert_close(slope.double(), known.grad, rtol=precision, atol=precision / 10)
 
 
 @pytest.mark.parametrize(

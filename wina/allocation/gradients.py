@@ -239,12 +239,10 @@ class _Changes(Watch):
         start = self.prefill.start(self.x.shape[-2])
         x = self.x[..., start:, :].flatten(0, -2)
         self.x = None
-        contributions = x.float() * gradient[..., start:, :].flatten(0, -2).float()
-        levels = self.scores.levels(x, self.found.grid)
-        at_level = contributions.new_zeros(len(x), len(self.found.grid) + 1)
-        at_level.scatter_add_(1, levels, contributions)
-        kept = at_level.flip(1).cumsum(1).flip(1)[:, 1:]
-        here = contributions
+        gradient = gradient[..., start:, :].flatten(0, -2)
+        kept = self.scores.kept_sums(x, gradient, (0.0, *self.found.grid))
+        here = kept[:, 0]
         if self.threshold is not None:
-            here = torch.where(self.scores.keep(x, self.threshold, self.sparsity), here, 0.0)
-        self.found.add(kept.t() - here.sum(-1))
+            masked = torch.where(self.scores.keep(x, self.threshold, self.sparsity), x, 0.0)
+            here = (masked.float() * gradient.float()).sum(-1)
+        self.found.add((kept[:, 1:] - here.unsqueeze(1)).t())
