@@ -43,9 +43,9 @@ def test_help(command: list[str]) -> None:
 def test_calibrate_inspect_generate(folder: str, tmp_path: Path) -> None:
     plan = str(tmp_path / "plan")
     said = invoke("calibrate", plan, "--model", folder, "--tokens", "1024", "--sparsity", "0.4")
-    assert "wina at 40%" in said
+    assert "wina-plus at 40%" in said
     rows = json.loads(invoke("inspect", "--model", folder, "--plan", plan, "--json"))["rows"]
-    assert {row["sparsity"] for row in rows} == {0.4}
+    assert len({row["sparsity"] for row in rows}) > 1
     assert "q_proj" in invoke("inspect", "--model", folder)
     text = invoke("generate", "Hello", "-m", folder, "--plan", plan, "--max-new-tokens", "5")
     assert text.startswith("Hello")
@@ -54,16 +54,16 @@ def test_calibrate_inspect_generate(folder: str, tmp_path: Path) -> None:
 def test_export_inspect_generate(folder: str, tmp_path: Path) -> None:
     plan, out = str(tmp_path / "plan"), str(tmp_path / "out")
     invoke("calibrate", plan, "--model", folder, "--tokens", "1024", "--sparsity", "0.4")
-    assert "wina at 40%" in invoke("export", out, "--model", folder, "--plan", plan)
+    assert "wina-plus at 40%" in invoke("export", out, "--model", folder, "--plan", plan)
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     for words in ("40% sparse", "arXiv 2505.19427", "wina export out --model", "Nothing: `wina ex"):
         assert words in card
     rows = json.loads(invoke("inspect", "--model", out, "--json"))["rows"]
-    assert {row["sparsity"] for row in rows} == {0.4}
+    assert len({row["sparsity"] for row in rows}) > 1
     assert invoke("generate", "Hello", "-m", out, "--max-new-tokens", "3").startswith("Hello")
     # Everything else starts from the dense model.
-    assert "wina at 50%" in invoke("calibrate", plan, "--model", out, "--tokens", "1024")
+    assert "wina-plus at 50%" in invoke("calibrate", plan, "--model", out, "--tokens", "1024")
 
 
 def test_eval_ppl(folder: str, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_json_instead_of_text(folder: str, tmp_path: Path) -> None:
     plan = str(tmp_path / "plan")
     asked = ("--model", folder, "--tokens", "1024", "--sparsity", "0.4", "--json")
     written = json.loads(invoke("calibrate", plan, *asked))
-    assert (written["folder"], written["method"], written["sparsity"]) == (plan, "wina", 0.4)
+    assert (written["folder"], written["method"], written["sparsity"]) == (plan, "wina-plus", 0.4)
     assert 0.3 < written["realised"] < 0.5
     out = str(tmp_path / "out")
     exported = json.loads(invoke("export", out, "--model", folder, "--plan", plan, "--json"))

@@ -127,7 +127,7 @@ def demo_model(
 def calibrate(
     output: Annotated[Path, typer.Argument(help="Folder for the plan.")],
     model: Model = "demo",
-    method: Method = "wina",
+    method: Method = "wina-plus",
     sparsity: Sparsity = 0.5,
     selector: Annotated[
         str | None,
@@ -201,7 +201,7 @@ def export(
     output: Annotated[Path, typer.Argument(help="Folder for weights, plan, tokenizer and card.")],
     model: Model = "demo",
     plan: Annotated[Path | None, typer.Option(help="Plan folder; default: calibrate now.")] = None,
-    method: Method = "wina",
+    method: Method = "wina-plus",
     sparsity: Sparsity = 0.5,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure quality and speed for the model card.")
@@ -257,7 +257,7 @@ def _about(folder: Path, plan: SparsityPlan) -> dict[str, object]:
     """What ``--json`` says of a plan that was written."""
     return {
         "folder": str(folder), "realised": plan.realised, "model_type": plan.model_type,
-        **plan.config.to_dict(),
+        **plan.config.to_dict(), "selector": plan.config.selector_spec,
     }  # fmt: skip
 
 
@@ -335,7 +335,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     model: Model = "demo",
     plan: Annotated[Path | None, typer.Option(help="Plan folder; default: calibrate now.")] = None,
-    method: Method = "wina",
+    method: Method = "wina-plus",
     sparsity: Sparsity = 0.5,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write, at most.")] = 64,
     temperature: Annotated[

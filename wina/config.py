@@ -66,7 +66,7 @@ class SparsityConfig:
             ``"none"``, which asks for nothing.
     """
 
-    method: str = "wina"
+    method: str = "wina-plus"
     sparsity: float = 0.5
     criterion: str | None = None
     selector: str | None = None

@@ -135,7 +135,8 @@ METHODS.register("wina-plus")(
     Method(
         "norm-power:0.5",
         "fisher",
-        "|x|·‖W‖₂^½, bytes spent on the projections and the tokens where the loss asks for them",
+        "|x|·‖W‖₂^½ after arXiv 2505.19427 and 2602.14452, bytes spent on the projections and the "
+        "tokens where the loss asks for them",
         selector="importance",
     )
 )

@@ -12,13 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wina.allocation.base import Problem
+from wina.errors import CalibrationError
 from wina.offload import device_of, recomputed
 from wina.prefill import Prefill
 from wina.progress import progress
@@ -119,7 +120,10 @@ def differentiate(
             if not sparse:
                 with _attached(model, watched):
                     logits = _logits(model, ids)
-                    logits.backward(_direction(logits.detach(), generator))
+                    if not (failed := bool(logits.isnan().any())):
+                        logits.backward(_direction(logits.detach(), generator))
+                if failed:
+                    _refuse(model, watched, ids)
             else:
                 with torch.no_grad():
                     dense = _logits(model, ids).log_softmax(-1)
@@ -127,6 +131,21 @@ def differentiate(
                     log_p = _logits(model, ids).log_softmax(-1)
                     F.kl_div(log_p, dense, reduction="sum", log_target=True).backward()
             advance()
+
+
+def _refuse(model: nn.Module, watched: Sequence[Watch], ids: Tensor) -> NoReturn:
+    """Raise :class:`CalibrationError` with the first projection that reads NaN or Inf."""
+    names = {module: name for name, module in model.named_modules()}
+
+    def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if not arguments[0].isfinite().all():
+            raise CalibrationError(f"{names[module]}: found NaN or Inf among its inputs")
+
+    with ExitStack() as stack, torch.no_grad():
+        for watch in watched:
+            stack.callback(watch.module.register_forward_pre_hook(look).remove)
+        _logits(model, ids)
+    raise CalibrationError("the model's logits on the calibration text have NaN")
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
