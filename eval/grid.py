@@ -168,8 +168,8 @@ class GridRun:
         """The saved plan of a config, or a new one, saved. It does not depend on the protocol."""
         config = replace(config, prefill="dense")
         identity = {
-            "model": self.fingerprint, "config": config.record(), "texts": self.plan_texts,
-            "versions": self.versions,
+            "model": self.fingerprint, "config": config.record(), "parts": config.parts(),
+            "texts": self.plan_texts, "versions": self.versions,
         }  # fmt: skip
         folder = self.folder / "plans" / _digest(identity)
         if folder.is_dir():
@@ -259,6 +259,7 @@ class GridRun:
         if column.config is not None:
             identity |= {
                 "config": column.config.record(),
+                "parts": column.config.parts(),
                 "calibration": self.plan_texts,
                 "protocol": self.grid.protocol,
                 "agreement_tokens": self.grid.agreement_tokens,

@@ -213,16 +213,23 @@ def compare(
         show_progress: draw progress bars on stderr.
         head_dtype: of the sparse models' head, as :func:`wina.decode` reads it.
         after_row: gets the rows so far whenever there is one more.
-        known: rows that are not to be measured again.
+        known: rows that are not to be measured again, unless their method was made of other parts.
         measurements: where those of allocations are kept; in memory by default.
 
     Returns:
         Rows of {method, sparsity, realised_bytes_sparsity, perplexity, nats_over_dense,
-        extra_bytes, tokens}: the known ones, then those that are new.
+        extra_bytes, tokens, parts}: the known ones, then those that are new. ``parts`` is
+        :meth:`SparsityConfig.parts`, what the method's name stood for.
     """
     windows = to_windows(bundled("heldout") if texts is None else texts, tokenizer, window, tokens)
     columns = columns_of(methods, sparsities, settings or {})
-    rows = [dict(row) for row in known]
+    current = {(c.label, c.sparsity): c.config.parts() for c in columns if c.config is not None}
+
+    def is_current(row: Mapping[str, Any]) -> bool:
+        parts = current.get((row["method"], row["sparsity"]))
+        return parts is None or row.get("parts") == parts
+
+    rows = [dict(row) for row in known if is_current(row)]
     measured = {(row["method"], row["sparsity"]): row for row in rows}
     tell = after_row or (lambda _: None)
     if ("dense", 0.0) not in measured:
@@ -252,7 +259,8 @@ def compare(
                     )  # fmt: skip
             finally:
                 restore(model)
-        rows.append(_row(label, config.sparsity, scored, dense))
+        row = _row(label, config.sparsity, scored, dense)
+        rows.append({**row, "parts": config.parts()})
         tell(rows)
         if show_progress:
             Console(stderr=True).print(

@@ -95,8 +95,17 @@ def test_eval_ppl_goes_on_where_it_was(folder: str, tmp_path: Path) -> None:
     assert [row["method"] for row in rows] == ["dense", "wina", other]
     assert rows[1]["perplexity"] == 12.5
     assert json.loads(saved.read_text())["rows"] == rows
+    assert rows[1]["parts"]["criterion"] == "l2-norm"
     with pytest.raises(WinaError, match="another --output"):
         invoke(*common, "--tokens", "256", "--methods", "wina")
+    # The name stood for something else when this row was measured.
+    document = json.loads(saved.read_text())
+    document["rows"][1]["parts"]["criterion"] = "magnitude"
+    saved.write_text(json.dumps(document))
+    anew = invoke(*common, "--tokens", "512", "--methods", "wina")
+    rows = json.loads(anew.splitlines()[-1])["rows"]
+    assert [row["method"] for row in rows] == ["dense", other, "wina"]
+    assert rows[2]["perplexity"] != 12.5
 
 
 def test_eval_ppl_keeps_what_allocations_measured(folder: str, tmp_path: Path) -> None:

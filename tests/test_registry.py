@@ -1,7 +1,7 @@
 import pytest
 
 from wina.errors import ConfigError, UnknownNameError, WinaError
-from wina.registry import Registry, create, split_spec
+from wina.registry import Registry, create, spelled_out, split_spec
 
 
 class Thing:
@@ -71,3 +71,26 @@ def test_a_message_repeats_no_more_of_a_name_than_can_be_read(
     with pytest.raises(WinaError) as error:
         create(things, spec)
     assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("spec", "whole"),
+    [
+        ("pair", "pair:a=1:b=0.25"),
+        ("pair:3", "pair:a=3:b=0.25"),
+        ("pair:b=1e-3", "pair:a=1:b=0.001"),
+        ("plain", "plain"),
+    ],
+)
+def test_a_spec_spelled_out_is_the_same_whatever_the_defaults(spec: str, whole: str) -> None:
+    registry: Registry[type] = Registry("thing")
+
+    @registry.register("pair")
+    class Pair:
+        def __init__(self, a: float = 1, b: float = 0.25) -> None: ...
+
+    registry.register("plain")(type("Plain", (), {}))
+    assert spelled_out(registry, spec) == whole
+    assert spelled_out(registry, whole) == whole
+    with pytest.raises(ConfigError, match="unexpected"):
+        spelled_out(registry, "pair:c=1")

@@ -15,7 +15,7 @@ from wina.kernels.quantization import WEIGHT_DTYPES, WeightDtype
 from wina.methods import METHODS
 from wina.prefill import Prefill, parse_prefill
 from wina.refinement import NO_REFINEMENT, REFINEMENTS, Refinement
-from wina.registry import create
+from wina.registry import Registry, create, spelled_out
 from wina.rotation import NO_ROTATION, ROTATIONS
 from wina.rounding import ROUNDINGS, USUAL_ROUNDING, Rounding
 from wina.selectors import SELECTORS, Selector
@@ -247,6 +247,26 @@ class SparsityConfig:
     def make_prefill(self) -> Prefill:
         """The prefill protocol."""
         return parse_prefill(self.prefill, self.sink_tokens)
+
+    def parts(self) -> dict[str, str]:
+        """Kind of part → its spec, with every parameter: what the method's name stands for now.
+
+        Criteria of some roles only are ``criterion of <role>``. What is not asked for is left out.
+        """
+        method = METHODS[self.method]
+        own = {} if self.criterion else method.criteria
+        rotation = self.rotation_spec
+        specs: list[tuple[str, Registry[Any], str | None]] = [
+            ("criterion", CRITERIA, self.criterion or method.criterion),
+            *((f"criterion of {role}", CRITERIA, spec) for role, spec in own.items()),
+            ("selector", SELECTORS, self.selector_spec),
+            ("allocation", ALLOCATIONS, self.allocation_spec),
+            ("refinement", REFINEMENTS, self.refinement_spec),
+            ("correction", CORRECTIONS, self.correction_spec),
+            ("rounding", ROUNDINGS, self.rounding_spec),
+            ("rotation", ROTATIONS, None if rotation == NO_ROTATION else rotation),
+        ]
+        return {kind: spelled_out(known, spec) for kind, known, spec in specs if spec}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""

@@ -7,6 +7,7 @@ to the class, as in ``"norm-power:0.5"``, ``"last:0.99"`` or ``"fisher:rounds=2:
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -99,6 +100,18 @@ def create(registry: Registry[type[T]], spec: str) -> T:
         return factory(*positional, **{key: value for key, value in numbers.items() if key})
     except TypeError as error:
         raise ConfigError(f"{registry.kind} {spec!r}: {error}") from None
+
+
+def spelled_out(registry: Registry[type[T]], spec: str) -> str:
+    """A spec with every parameter in it: what it means, whatever the defaults are by then."""
+    name, numbers = parse_spec(registry.kind, spec)
+    create(registry, spec)  # raises for numbers that do not fit
+    bound = inspect.signature(registry[name]).bind(
+        *(value for key, value in numbers.items() if not key),
+        **{key: value for key, value in numbers.items() if key},
+    )
+    bound.apply_defaults()
+    return ":".join([name, *(f"{key}={value:.12g}" for key, value in bound.arguments.items())])
 
 
 def whole(name: str, value: float, least: int = 1) -> int:
