@@ -9,6 +9,7 @@ holds the bytes that a call must read and the GB/s of the median. Nothing assert
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,12 +26,19 @@ from wina.bench.operators import (
 )
 from wina.bench.shapes import QUICK_SHAPES
 from wina.bench.timing import FULL, QUICK, Effort
+from wina.kernels import counting, cpu
 from wina.kernels.dispatch import LayerSpec, backends
 
 # Llama-3.2-1B's and Llama-3-8B's largest; a full run takes about two minutes.
 SHAPES = ((8192, 2048), (2048, 8192), (14336, 4096))
 SPARSITIES = (0.0, 0.5, 0.65)
 CPU = torch.device("cpu")
+TOKENS = 512  # of a calibration window
+COUNTING: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "count_scores": (counting.count_operator, counting.count_scores),
+    "kept_sums": (counting.sums_operator, counting.kept_sums),
+    "mask_backward": (counting.backward_operator, counting.mask_backward),
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -89,6 +97,29 @@ def test_sparse(
             lambda: op.sparse(chosen, x, weights.matrices(weights.take(), op, chosen), threshold),
             kept * weights.bytes, effort,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("operator", list(COUNTING))
+@pytest.mark.parametrize("way", ["definition", "native"])
+def test_counting(
+    benchmark: Any, shape: tuple[int, int], operator: str, way: str, effort: Effort
+) -> None:
+    """What calibration counts over 512 tokens, in one pass or as its definition says."""
+    if (reason := cpu.load()) is not None:
+        pytest.skip(reason)
+    K = shape[1]
+    x, gradient = torch.randn(2, TOKENS, K).bfloat16().unbind()
+    constants, factor = torch.rand(K), torch.ones(TOKENS)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "count_scores": (x, constants),
+        "kept_sums": (x, gradient, constants, torch.linspace(0.05, 2.0, 19)),
+        "mask_backward": (x, gradient, constants, factor, 0.3),
+    }
+    called, definition = COUNTING[operator]
+    benchmark.group = f"{operator} {TOKENS}x{K} bfloat16"
+    function = called if way == "native" else definition
+    read = sum(t.nbytes for t in arguments[operator] if torch.is_tensor(t))
+    _measure(benchmark, lambda: function(*arguments[operator]), read, effort)
 
 
 def _measure(benchmark: Any, function: Any, read_bytes: float, effort: Effort) -> None:

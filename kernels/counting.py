@@ -61,10 +61,11 @@ def kept_sums(x: Tensor, gradient: Tensor, constants: Tensor, cutoffs: Tensor) -
     scores = x.abs().to(torch.float32) * constants.to(torch.float32)
     products = x.to(torch.float32) * gradient.to(torch.float32)
     # Masks are nested: what is above i of the cut-offs is in the first i sums.
-    above = torch.zeros_like(scores, dtype=torch.int64)
+    above = torch.zeros_like(scores, dtype=torch.int16)
     for cutoff in cutoffs.to(torch.float32):
         above += ~(scores <= cutoff)
-    sums = products.new_zeros((*x.shape[:-1], len(cutoffs) + 1)).scatter_add_(-1, above, products)
+    sums = products.new_zeros((*x.shape[:-1], len(cutoffs) + 1))
+    sums.scatter_add_(-1, above.long(), products)
     return sums.flip(-1).cumsum(-1).flip(-1)[..., 1:]
 
 
