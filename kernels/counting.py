@@ -97,7 +97,7 @@ def mask_backward(
     near = (width - ratio.log().abs()).clamp_min(0.0) / width**2
     tokens = (factor > 0.0).expand_as(keep)
     sums = [near * slope * wide, near, (keep & tokens).to(torch.float32)]
-    return gradient * keep, torch.stack([one.flatten(0, -2).sum(0) for one in sums])
+    return gradient * keep, torch.stack([one.reshape(-1, x.shape[-1]).sum(0) for one in sums])
 
 
 def _inverse(x: Tensor) -> Tensor:

@@ -71,9 +71,9 @@ def test_calibration_is_deterministic_and_changes_nothing(llama: nn.Module) -> N
 
 
 def test_chunks_agree_with_one_pass(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = plan_for(llama, method="wina", calibration_tokens=2048)
+    whole = plan_for(llama, calibration_tokens=2048)
     monkeypatch.setattr("wina.calibrator.CHUNK_TOKENS", 512)
-    parts = plan_for(llama, method="wina", calibration_tokens=2048)
+    parts = plan_for(llama, calibration_tokens=2048)
     assert parts.realised == pytest.approx(0.5, abs=0.01)
     for name, layer in whole.layers.items():
         assert parts.layers[name].cutoff == pytest.approx(layer.cutoff, rel=0.05)
@@ -124,8 +124,8 @@ def test_bundled_text_is_the_default(llama: nn.Module) -> None:
     assert plan.calibration == {
         "text": "bundled",
         "tokens": 1024,
-        "criterion": "norm-power:0.5",
-        "allocation": "fisher",
+        "criterion": "l2-norm",
+        "allocation": "uniform",
         "refinement": "none",
         "correction": "none",
         "rounding": "none",

@@ -95,3 +95,25 @@ def test_what_is_kept_names_a_selector_that_weighs_tokens() -> None:
     plain = SparsityConfig(method="wina")
     assert {**plain.record(), "head": "dense", "tracking": 0.0} == plain.to_dict()
     assert SparsityConfig.from_dict(plain.record()) == plain
+
+
+def test_the_default_is_the_best_that_calibrates_in_a_minute() -> None:
+    assert SparsityConfig().method == "wina-plus"
+    assert SparsityConfig().parts() == {
+        "criterion": "norm-power:alpha=0.5",
+        "selector": "importance:strength=0.25:limit=0.5:ridge=0.5:steadiness=100",
+        "allocation": "fisher:rounds=1:most=0.95:step=0.05:tokens=8192",
+        "refinement": "none",
+        "correction": "none",
+    }
+
+
+def test_parts_are_those_in_use() -> None:
+    paper = SparsityConfig(method="wina-paper", criterion="random").parts()
+    assert paper["criterion"] == "random"
+    assert paper["rotation"].startswith("orthogonal")
+    assert not [kind for kind in paper if kind.startswith("criterion of")]
+    assert SparsityConfig(method="wina-paper").parts()["criterion of k_proj"] == "l2-norm"
+    assert SparsityConfig(weight_dtype="int4").parts()["rounding"].startswith("gptq:")
+    refined = SparsityConfig(refinement="learned:steps=3").parts()["refinement"]
+    assert refined.startswith("learned:steps=3:channels=")

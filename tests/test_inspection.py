@@ -10,7 +10,7 @@ from wina.inspection import measure_sparsity
 
 
 def test_table_of_a_patched_model(llama: nn.Module) -> None:
-    plan = plan_for(llama, method="wina", sparsity=0.4)
+    plan = plan_for(llama, sparsity=0.4)
     wina.sparsify(llama, plan)
     found = wina.inspect(llama)
     assert [row.projection for row in found.rows] == list(plan.layers)

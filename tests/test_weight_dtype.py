@@ -53,8 +53,8 @@ def test_sparsity_0_is_the_dense_model_of_rounded_weights(
 
 @pytest.mark.parametrize("width", FORMATS)
 def test_thresholds_are_those_of_the_rounded_model(llama: nn.Module, width: str) -> None:
-    plan = plan_for(llama, method="wina", weight_dtype=width, rounding="nearest")
-    want = plan_for(rounded(llama, plan, width), method="wina")
+    plan = plan_for(llama, weight_dtype=width, rounding="nearest")
+    want = plan_for(rounded(llama, plan, width))
     for name, layer in plan.layers.items():
         torch.testing.assert_close(layer.threshold, want.layers[name].threshold)
 
@@ -160,8 +160,8 @@ def test_dense_means_dense_activations_on_rounded_weights(
 
 def test_state_dict_holds_integers_and_loads_into_a_twin(llama: nn.Module, tokens: Tensor) -> None:
     twin = tiny_model("llama", seed=1)
-    wina.sparsify(twin, plan_for(twin, method="wina", weight_dtype="int8"))
-    plan = plan_for(llama, method="wina", weight_dtype="int8")
+    wina.sparsify(twin, plan_for(twin, weight_dtype="int8"))
+    plan = plan_for(llama, weight_dtype="int8")
     wina.sparsify(llama, plan)
     state = llama.state_dict()
     assert state["model.layers.0.mlp.up_proj.packed"].dtype == torch.int8

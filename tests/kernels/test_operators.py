@@ -12,7 +12,7 @@ from operator_cases import DTYPES, assert_equal_up_to_rounding, case, exact
 from torch import Tensor
 
 from wina.errors import UnknownNameError
-from wina.kernels import cpu, ops, program, quantized, reference
+from wina.kernels import counting, cpu, ops, program, quantized, reference
 from wina.kernels.dispatch import backends
 
 SIZES = [1, 2, 63, 192, 576, 1000, 4097]
@@ -249,7 +249,7 @@ def test_an_operator_has_the_signature_of_its_definition(name: str) -> None:
     schema = getattr(torch.ops.wina, name).default._schema
     parameters = inspect.signature(operator.definition).parameters
     assert [a.name for a in schema.arguments] == list(parameters)
-    homes = [m for m in (reference, quantized, program) if hasattr(m, name)]
+    homes = [m for m in (reference, quantized, counting, program) if hasattr(m, name)]
     assert [operator.definition] == [getattr(home, name) for home in homes]
 
 

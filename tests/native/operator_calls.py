@@ -91,7 +91,8 @@ class Draw:
 
 def arguments_of(operator: Operator, draw: Draw) -> dict[str, Any]:
     """Random arguments for an operator, made from its parameters' names."""
-    names = list(inspect.signature(operator.definition).parameters)
+    parameters = inspect.signature(operator.definition).parameters
+    names = list(parameters)
     integers = "bits" in names
     x = draw.x()
     # Weights are K-major but for the operators whose name says that they read rows.
@@ -125,7 +126,8 @@ def arguments_of(operator: Operator, draw: Draw) -> dict[str, Any]:
         if name.endswith("bias"):
             return draw.often(bias)
         if name.endswith("scale"):
-            return draw.often(scale)
+            needed = parameters[name].default is inspect.Parameter.empty
+            return scale() if needed else draw.often(scale)
         if name == "residual":
             return draw.often(lambda: draw.normal(*draw.leading(x), draw.N))
         if name == "activation":

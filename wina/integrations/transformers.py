@@ -96,7 +96,7 @@ class WinaQuantizer(HfQuantizer):  # type: ignore[misc]
         self.remove_quantization_config(model)
         asked = self.quantization_config
         plan = self._saved_plan(model)
-        if plan is not None and not self.pre_quantized and plan.config != asked.sparsity:
+        if plan is not None and not self.pre_quantized and plan.config.record() != asked.sparsity.record():
             plan = None
         tokenizer = asked.tokenizer
         if plan is None and tokenizer is None and _is_text(asked.texts):
