@@ -96,8 +96,8 @@ class WinaQuantizer(HfQuantizer):  # type: ignore[misc]
         self.remove_quantization_config(model)
         asked = self.quantization_config
         plan = self._saved_plan(model)
-        if plan is not None and not self.pre_quantized and plan.config.record() != asked.sparsity.record():
-            plan = None
+        if plan is not None and not self.pre_quantized:
+            plan = plan if plan.config.record() == asked.sparsity.record() else None
         tokenizer = asked.tokenizer
         if plan is None and tokenizer is None and _is_text(asked.texts):
             tokenizer = _tokenizer_of(model)
