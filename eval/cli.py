@@ -73,7 +73,7 @@ def eval_grid(
     model: Model = "demo",
     methods: Annotated[
         str, typer.Option(help="By commas, each with settings of its own: wina/selector=topk.")
-    ] = "dense,teal,wina",
+    ] = "dense,teal,wina,wina-plus",
     sparsities: ByCommas = "0.4,0.5,0.65",
     tasks: Tasks = "",
     data: Data = None,
@@ -239,7 +239,7 @@ def _require_lm_eval() -> None:
 @app.command("ppl")
 def eval_ppl(
     model: Model = "demo",
-    methods: ByCommas = "dense,teal,wina",
+    methods: ByCommas = "dense,teal,wina,wina-plus",
     sparsities: ByCommas = "0.4,0.5,0.65",
     text: Text = None,
     calibration: CalibrationText = None,

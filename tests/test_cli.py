@@ -74,7 +74,7 @@ def test_eval_ppl(folder: str, tmp_path: Path) -> None:
     )  # fmt: skip
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert json.loads(saved.read_text())["rows"] == rows
-    assert [row["method"] for row in rows] == ["dense", "teal", "wina"]
+    assert [row["method"] for row in rows] == ["dense", "teal", "wina", "wina-plus"]
     assert rows[0]["nats_over_dense"] == 0
     assert all(0.4 < row["realised_bytes_sparsity"] < 0.6 for row in rows[1:])
 

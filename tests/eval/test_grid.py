@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from tqdm import tqdm
 from typer.testing import CliRunner
 
 from wina.cli import app
@@ -148,6 +150,8 @@ def test_a_plan_is_used_again_and_a_damaged_one_made_anew(
 
 def _child(lm: WinaLM, folder: Path) -> None:
     torch.set_num_threads(1)
+    # A bar's lock is shared with the parent: it would wait forever for a child killed inside it.
+    tqdm.set_lock(threading.RLock())
     measure(lm, folder)
 
 
