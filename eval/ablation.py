@@ -110,7 +110,7 @@ def effects(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
         base = {place(row): row for row in rows if row[factor] == values[0]}
         for value in values[1:]:
-            for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
+            for sparsity in _sparsities(rows):
                 pairs = [
                     (row["nats_over_dense"], base[place(row)]["nats_over_dense"])
                     for row in rows
