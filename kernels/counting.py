@@ -105,22 +105,15 @@ def _inverse(x: Tensor) -> Tensor:
     return torch.where(x > 0.0, 1.0 / x, 0.0)
 
 
-def _check_floats(name: str, given: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(given.shape) != shape or given.dtype != torch.float32:
+def _check_floats(name: str, given: Tensor, length: int) -> None:
+    if given.shape != (length,) or given.dtype != torch.float32:
         raise RuntimeError(
-            f"{name} must be {list(shape)} float32, got {list(given.shape)} {given.dtype}"
-        )
-
-
-def _check_x(a: Arguments) -> None:
-    if a.x.dim() < 1 or not a.x.is_floating_point():
-        raise RuntimeError(
-            f"expected x [..., K] of floating-point numbers, got {tuple(a.x.shape)} {a.x.dtype}"
+            f"{name} must be [{length}] float32, got {list(given.shape)} {given.dtype}"
         )
 
 
 def _check_gradient(a: Arguments) -> None:
-    _check_x(a)
+    ops.check_x(a)
     if a.gradient.shape != a.x.shape or a.gradient.dtype != a.x.dtype:
         raise RuntimeError(
             f"gradient must be {tuple(a.x.shape)} {a.x.dtype} as x is, got "
@@ -129,22 +122,21 @@ def _check_gradient(a: Arguments) -> None:
 
 
 def _check_count(a: Arguments) -> None:
-    _check_x(a)
-    _check_floats("constants", a.constants, (a.x.shape[-1],))
-    if a.scale is not None:
-        _check_floats("scale", a.scale, tuple(a.x.shape[:-1]))
+    ops.check_x(a)
+    _check_floats("constants", a.constants, a.x.shape[-1])
+    ops.check_of_tokens(a.x, "scale", a.scale, torch.float32)
 
 
 def _check_sums(a: Arguments) -> None:
     _check_gradient(a)
-    _check_floats("constants", a.constants, (a.x.shape[-1],))
-    _check_floats("cutoffs", a.cutoffs, (a.cutoffs.numel(),))
+    _check_floats("constants", a.constants, a.x.shape[-1])
+    _check_floats("cutoffs", a.cutoffs, a.cutoffs.numel())
 
 
 def _check_backward(a: Arguments) -> None:
     _check_gradient(a)
-    _check_floats("threshold", a.threshold, (a.x.shape[-1],))
-    _check_floats("scale", a.scale, tuple(a.x.shape[:-1]))
+    _check_floats("threshold", a.threshold, a.x.shape[-1])
+    ops.check_of_tokens(a.x, "scale", a.scale, torch.float32)
     if not 0.0 < a.width <= _WIDEST:
         raise RuntimeError(f"width must be in (0, {_WIDEST}], got {a.width}")
 

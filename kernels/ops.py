@@ -255,7 +255,8 @@ def _check_topk(a: Arguments) -> None:
         raise RuntimeError(f"dropped must be in [1, {a.x.shape[-1] - 1}], got {a.dropped}")
 
 
-def _check_mean(a: Arguments) -> None:
+def check_x(a: Arguments) -> None:
+    """Raise a RuntimeError unless x is [..., K] of floating-point numbers."""
     if a.x.dim() < 1 or not a.x.is_floating_point():
         raise RuntimeError(
             f"expected x [..., K] of floating-point numbers, got {tuple(a.x.shape)} {a.x.dtype}"
@@ -263,7 +264,7 @@ def _check_mean(a: Arguments) -> None:
 
 
 def _check_threshold(a: Arguments) -> None:
-    _check_mean(a)
+    check_x(a)
     if a.threshold.shape != a.x.shape[-1:] or a.threshold.dtype != torch.float32:
         raise RuntimeError(
             f"expected threshold [{a.x.shape[-1]}] float32 for x {tuple(a.x.shape)}, got "
@@ -271,7 +272,8 @@ def _check_threshold(a: Arguments) -> None:
         )
 
 
-def _check_of_tokens(x: Tensor, name: str, given: Tensor | None, dtype: torch.dtype) -> None:
+def check_of_tokens(x: Tensor, name: str, given: Tensor | None, dtype: torch.dtype) -> None:
+    """Raise a RuntimeError unless what is given for each token of x, if it is, fits them."""
     tokens = x.shape[:-1]
     if given is not None and (given.shape != tokens or given.dtype != dtype):
         raise RuntimeError(
@@ -282,11 +284,11 @@ def _check_of_tokens(x: Tensor, name: str, given: Tensor | None, dtype: torch.dt
 
 def _check_keep(a: Arguments) -> None:
     _check_threshold(a)
-    _check_of_tokens(a.x, "scale", a.scale, torch.float32)
+    check_of_tokens(a.x, "scale", a.scale, torch.float32)
 
 
 def _check_probe(a: Arguments) -> None:
-    _check_mean(a)
+    check_x(a)
     if a.probe.shape != (a.x.shape[-1] + 1,) or a.probe.dtype != torch.float32:
         raise RuntimeError(
             f"expected probe [{a.x.shape[-1] + 1}] float32 for x {tuple(a.x.shape)}, got "
@@ -307,8 +309,8 @@ def _check_tracked(a: Arguments) -> None:
         raise RuntimeError(
             f"{tokens.numel()} tokens of x {tuple(a.x.shape)} are not of {len(a.state)} sequences"
         )
-    _check_of_tokens(a.x, "scale", a.scale, torch.float32)
-    _check_of_tokens(a.x, "counted", a.counted, torch.bool)
+    check_of_tokens(a.x, "scale", a.scale, torch.float32)
+    check_of_tokens(a.x, "counted", a.counted, torch.bool)
     if not (0.0 <= a.sparsity <= 1.0 and a.rate > 0.0):
         raise RuntimeError(
             f"sparsity lies in [0, 1] and rate is positive, got {a.sparsity} and {a.rate}"
@@ -355,7 +357,7 @@ topk_scale: Callable[..., Tensor] = define(
     reference.topk_scale, _check_topk, output=lambda a: one_a_token(a.x)
 )
 mean_scale: Callable[..., Tensor] = define(
-    reference.mean_scale, _check_mean, output=lambda a: one_a_token(a.x)
+    reference.mean_scale, check_x, output=lambda a: one_a_token(a.x)
 )
 probe_scale: Callable[..., Tensor] = define(
     reference.probe_scale, _check_probe, output=lambda a: one_a_token(a.x)

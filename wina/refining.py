@@ -123,7 +123,7 @@ def _divergence(sparse: Tensor, dense: Tensor, start: int) -> tuple[float, Tenso
     windows, length, vocabulary = sparse.shape
     tokens = windows * (length - start)
     rows = max(1, _AT_ONCE // vocabulary)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=sparse.device)
     for q_logits, p_logits in zip(sparse, dense, strict=True):
         p_logits[:start] = 0.0
         for some, slope in zip(
@@ -131,9 +131,9 @@ def _divergence(sparse: Tensor, dense: Tensor, start: int) -> tuple[float, Tenso
         ):
             log_q, log_p = some.float().log_softmax(-1), slope.float().log_softmax(-1)
             p = log_p.exp()
-            total += float(log_p.sub_(log_q).mul_(p).sum(dtype=torch.float64))
+            total += log_p.sub_(log_q).mul_(p).sum(dtype=torch.float64)
             slope.copy_(log_q.exp_().sub_(p).div_(tokens))
-    return total / tokens, dense
+    return float(total) / tokens, dense
 
 
 class _Mask:
@@ -213,7 +213,7 @@ class _Masking(torch.autograd.Function):
         mask: _Mask = ctx.mask
         before, sums = backward_operator(x, gradients[0], threshold, scale, _WIDTH)
         cost, near, kept = sums.unbind()
-        each = mask.share / (int(torch.count_nonzero(scale)) * x.shape[-1])
+        each = mask.share / (max(1, int(torch.count_nonzero(scale))) * x.shape[-1])
         mask.of_loss = -cost
         mask.of_read = near * -each
         mask.read = each * float(kept.sum())

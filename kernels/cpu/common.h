@@ -206,6 +206,14 @@ void check_input(const char* op, const Tensor& x, bool weights_require_grad) {
               "grad");
 }
 
+// A vector of an argument.
+void check_floats(const char* op, const char* name, const Tensor& given, int64_t length) {
+  TORCH_CHECK(given.dim() == 1 && given.size(0) == length && given.is_cpu() &&
+                  given.scalar_type() == at::kFloat,
+              op, ": ", name, " must be [", length, "] float32 on the CPU, got ", given.sizes(),
+              " ", given.scalar_type());
+}
+
 // The residual [T, N], contiguous, or undefined.
 Tensor check_residual(const char* op, const Tensor& x, int64_t tokens, at::IntArrayRef shape,
                       const OptionalTensor& residual) {
@@ -243,14 +251,18 @@ void add_residual(float* acc, int tokens, int64_t width, const T* residual, int6
       acc[t * stride + n] += static_cast<float>(residual[t * N + first + n]);
 }
 
+// Tokens that a thread takes at least.
+int64_t tokens_at_once(int64_t K) {
+  return std::max<int64_t>(1, kMaskedAtOnce / std::max<int64_t>(K, 1));
+}
+
 // f(token, factor of its thresholds) for the tokens of x [T, K], shared out among threads.
 template <class F>
 void each_token(int64_t tokens, int64_t K, const Tensor& scale, const F& f) {
   const float* factor = data_or_null(scale);
-  at::parallel_for(0, tokens, std::max<int64_t>(1, kMaskedAtOnce / std::max<int64_t>(K, 1)),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t t = begin; t < end; ++t) f(t, factor ? factor[t] : 1.0f);
-                   });
+  at::parallel_for(0, tokens, tokens_at_once(K), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) f(t, factor ? factor[t] : 1.0f);
+  });
 }
 
 // x with the dropped entries set to zero; x is [T, K].

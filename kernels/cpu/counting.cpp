@@ -14,12 +14,18 @@ constexpr float kSmallestScale = 1e-30f;
 constexpr int64_t kColumns = 256;  // of mask_backward, that a thread sums at a time
 constexpr int64_t kUnrolled = 4 * kLanes;
 
-// A float32 vector of an argument, contiguous.
+// The vector of an argument, contiguous.
 Tensor floats_of(const char* op, const char* name, const Tensor& given, int64_t length) {
-  TORCH_CHECK(given.numel() == length && given.is_cpu() && given.scalar_type() == at::kFloat, op,
-              ": ", name, " must have ", length, " float32 on the CPU, got ", given.sizes(), " ",
-              given.scalar_type());
+  check_floats(op, name, given, length);
   return given.contiguous();
+}
+
+// The factors of tokens, contiguous.
+Tensor factors_of(const char* op, const Tensor& x, const Tensor& scale) {
+  TORCH_CHECK(scale.sizes().equals(x.sizes().slice(0, x.dim() - 1)) && scale.is_cpu() &&
+                  scale.scalar_type() == at::kFloat,
+              op, ": scale must have a float32 for each token");
+  return scale.contiguous();
 }
 
 void check_gradient(const char* op, const Tensor& x, const Tensor& gradient) {
@@ -40,16 +46,12 @@ void for_type(const Tensor& x, const F& f) {
   }
 }
 
-int64_t tokens_at_once(int64_t K) {
-  return std::max<int64_t>(1, kMaskedAtOnce / std::max<int64_t>(K, 1));
-}
-
 Tensor count_scores(const Tensor& x, const Tensor& constants, const OptionalTensor& scale) {
   const char* op = "wina::count_scores";
   check_input(op, x, false);
   const int64_t K = x.size(-1), tokens = tokens_of(x);
   const Tensor c = floats_of(op, "constants", constants, K);
-  const Tensor s = scale.has_value() ? floats_of(op, "scale", *scale, tokens) : Tensor();
+  const Tensor s = scale.has_value() ? factors_of(op, x, *scale) : Tensor();
   const float* of = c.const_data_ptr<float>();
   const float* factor = data_or_null(s);
   const Tensor rows = x.contiguous();
@@ -199,7 +201,7 @@ std::tuple<Tensor, Tensor> mask_backward(const Tensor& x, const Tensor& gradient
   TORCH_CHECK(0.0 < width && width <= 0.5, op, ": width must be in (0, 0.5], got ", width);
   const int64_t K = x.size(-1), tokens = tokens_of(x);
   const Tensor limit = floats_of(op, "threshold", threshold, K);
-  const Tensor factors = floats_of(op, "scale", scale, tokens);
+  const Tensor factors = factors_of(op, x, scale);
   const float* cut = limit.const_data_ptr<float>();
   const float* factor = factors.const_data_ptr<float>();
   const float reach = static_cast<float>(width);

@@ -68,13 +68,6 @@ Tensor one_a_token(const Tensor& x) {
   return at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
 }
 
-void check_floats(const char* op, const char* name, const Tensor& given, int64_t length) {
-  TORCH_CHECK(given.dim() == 1 && given.size(0) == length && given.is_cpu() &&
-                  given.scalar_type() == at::kFloat,
-              op, ": ", name, " must be [", length, "] float32 on the CPU, got ", given.sizes(),
-              " ", given.scalar_type());
-}
-
 Tensor topk_scale(const Tensor& x, const Tensor& threshold, int64_t dropped) {
   const char* op = "wina::topk_scale";
   check_input(op, x, false);
