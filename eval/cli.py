@@ -73,7 +73,7 @@ def eval_grid(
     model: Model = "demo",
     methods: Annotated[
         str, typer.Option(help="By commas, each with settings of its own: wina/selector=topk.")
-    ] = "dense,teal,wina,wina-plus",
+    ] = "dense,teal,wina,wina-fisher",
     sparsities: ByCommas = "0.4,0.5,0.65",
     tasks: Tasks = "",
     data: Data = None,
@@ -239,7 +239,7 @@ def _require_lm_eval() -> None:
 @app.command("ppl")
 def eval_ppl(
     model: Model = "demo",
-    methods: ByCommas = "dense,teal,wina,wina-plus",
+    methods: ByCommas = "dense,teal,wina,wina-fisher",
     sparsities: ByCommas = "0.4,0.5,0.65",
     text: Text = None,
     calibration: CalibrationText = None,
@@ -278,7 +278,7 @@ def eval_ppl(
 ) -> None:
     """Perplexity of methods × sparsities on a text that calibration never saw.
 
-    `wina eval ppl --text wiki.test.raw --methods wina,wina-plus/weight_dtype=int4+int4`
+    `wina eval ppl --text wiki.test.raw --methods wina,wina-fisher/weight_dtype=int4+int4`
     """
     from wina.calibration import measurements_in
     from wina.eval.perplexity import (
@@ -379,7 +379,7 @@ def eval_frontier(
     texts: Texts = "heldout",
     methods: Annotated[
         str, typer.Option(help="By commas, each with settings of its own.")
-    ] = "teal,wina,wina-plus",
+    ] = "teal,wina,wina-fisher",
     sparsities: Annotated[str, typer.Option(help="By commas; 0 is always there.")] = (
         "0.25,0.4,0.5,0.65"
     ),
@@ -396,7 +396,7 @@ def eval_frontier(
 ) -> None:
     """Quality against bytes read per token: weight widths × sparsities × methods.
 
-    `wina eval frontier -o out/frontier --texts wiki.test.raw --methods wina,wina-plus`
+    `wina eval frontier -o out/frontier --texts wiki.test.raw --methods wina,wina-fisher`
 
     Bytes are those of all that a token reads: kept rows with their scales, the head, thresholds,
     corrections and rotations. Writes frontier.md, frontier.png and frontier.json beside the cells.

@@ -32,7 +32,7 @@ from wina.patch import is_patched, prefill_protocol, restore
 from wina.prefill import parse_prefill
 from wina.progress import progress
 from wina.rotation import rotated
-from wina.texts import bundled, to_windows
+from wina.texts import bundled, digest, to_windows
 
 # Tokens whose logits are widened to float32 at once: all of a text's would be gigabytes, which
 # take longer to come by than to add up.
@@ -291,13 +291,12 @@ def identity_of(
 ) -> str:
     """A digest of all that the rows of :func:`compare` depend on beside method and sparsity."""
 
-    def hashed(given: Sequence[str] | None) -> str | None:
-        return None if given is None else hashlib.sha256("\0".join(given).encode()).hexdigest()
-
     facts = {
         "model": fingerprint(model),
-        "text": hashed(texts),
-        "calibration": hashed(calibration),
+        "text": digest(bundled("heldout") if texts is None else texts),
+        "calibration": digest(
+            bundled("calibration") + bundled("learning") if calibration is None else calibration
+        ),
         "settings": dict(settings),
         "versions": versions(),
     }

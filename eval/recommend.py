@@ -27,7 +27,7 @@ from wina.progress import progress
 from wina.rotation import NO_ROTATION, rotated
 from wina.texts import bundled, to_windows
 
-METHODS_TRIED = ("wina-plus", "wina-plus/head=sparse")
+METHODS_TRIED = ("wina-fisher", "wina-fisher/head=sparse")
 # Sparsities that are tried: below the first the kernels save nothing worth the loss, above the
 # last no method is known to be useful.
 LEAST, MOST = 0.1, 0.8

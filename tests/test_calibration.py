@@ -1,15 +1,17 @@
 import pytest
 import torch
 from conftest import CALIBRATION, config, logits, plan_for
-from torch import nn
+from torch import Tensor, nn
 
 import wina
+from wina.allocation import Measurements
 from wina.errors import CalibrationError, PatchStateError
 from wina.eval.perplexity import perplexity
 from wina.methods import METHODS
 from wina.needs import Needs
+from wina.plan import SparsityPlan
 from wina.testing import random_tokens, tiny_model, tiny_tokenizer
-from wina.texts import to_windows
+from wina.texts import bundled, to_windows
 
 # Methods whose policy has more to do are covered by tests/allocation, those that want a rotated
 # model by tests/rotation, those that a gate masks by test_gate_mask.
@@ -134,6 +136,42 @@ def test_bundled_text_is_the_default(llama: nn.Module) -> None:
     assert plan.realised == pytest.approx(0.5, abs=0.01)
 
 
+def test_what_learns_reads_more_of_the_bundled_text(
+    llama: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = {}
+
+    def refine(model: nn.Module, plan: SparsityPlan, *rest: object) -> SparsityPlan:
+        read["text"], read["windows"] = rest[1:3]
+        return plan
+
+    monkeypatch.setattr("wina.calibration.refine", refine)
+    settings = config(refinement="learned:text=500000", calibration_tokens=2048)
+    plan = wina.calibrate(llama, tiny_tokenizer(), settings, show_progress=False)
+    assert plan.calibration["text"] == "bundled"
+    text = tiny_tokenizer().decode(read["text"].flatten())
+    for name in ("calibration", "learning"):
+        assert bundled(name)[3][200:260] in text
+    assert read["windows"].numel() == 2048
+
+
+def test_what_was_measured_belongs_to_its_windows(llama: nn.Module) -> None:
+    """A refinement reads more text, so the windows that policies look at are others then."""
+    texts = [text[:400] for text in bundled("learning")[:40]]
+    kept = Measurements(0.5)
+
+    def thresholds(measurements: Measurements | None, **settings: str) -> Tensor:
+        plan = wina.calibrate(
+            llama, tiny_tokenizer(), config(method="wina-fisher", **settings), texts,
+            show_progress=False, measurements=measurements,
+        )  # fmt: skip
+        return torch.cat([layer.threshold for layer in plan.layers.values()])
+
+    thresholds(kept)
+    learned = {"refinement": "learned:steps=1:batch=128:text=16384"}
+    torch.testing.assert_close(thresholds(kept, **learned), thresholds(None, **learned))
+
+
 def test_endless_texts_are_not_read_to_the_end(llama: nn.Module) -> None:
     def endless():
         while True:
@@ -142,7 +180,7 @@ def test_endless_texts_are_not_read_to_the_end(llama: nn.Module) -> None:
     assert wina.calibrate(llama, None, config(), endless(), show_progress=False).realised > 0.4
 
 
-@pytest.mark.parametrize("method", ["wina", "wina-plus"])
+@pytest.mark.parametrize("method", ["wina", "wina-fisher"])
 def test_non_finite_activations_name_the_projection(llama: nn.Module, method: str) -> None:
     llama.model.layers[1].input_layernorm.weight.data.fill_(torch.nan)  # type: ignore
     with pytest.raises(CalibrationError, match=r"layers\.1\.self_attn\.q_proj.*NaN"):

@@ -43,7 +43,7 @@ def test_help(command: list[str]) -> None:
 def test_calibrate_inspect_generate(folder: str, tmp_path: Path) -> None:
     plan = str(tmp_path / "plan")
     said = invoke("calibrate", plan, "--model", folder, "--tokens", "1024", "--sparsity", "0.4")
-    assert "wina-plus at 40%" in said
+    assert "wina-fisher at 40%" in said
     rows = json.loads(invoke("inspect", "--model", folder, "--plan", plan, "--json"))["rows"]
     assert len({row["sparsity"] for row in rows}) > 1
     assert "q_proj" in invoke("inspect", "--model", folder)
@@ -54,7 +54,7 @@ def test_calibrate_inspect_generate(folder: str, tmp_path: Path) -> None:
 def test_export_inspect_generate(folder: str, tmp_path: Path) -> None:
     plan, out = str(tmp_path / "plan"), str(tmp_path / "out")
     invoke("calibrate", plan, "--model", folder, "--tokens", "1024", "--sparsity", "0.4")
-    assert "wina-plus at 40%" in invoke("export", out, "--model", folder, "--plan", plan)
+    assert "wina-fisher at 40%" in invoke("export", out, "--model", folder, "--plan", plan)
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     for words in ("40% sparse", "arXiv 2505.19427", "wina export out --model", "Nothing: `wina ex"):
@@ -63,7 +63,7 @@ def test_export_inspect_generate(folder: str, tmp_path: Path) -> None:
     assert len({row["sparsity"] for row in rows}) > 1
     assert invoke("generate", "Hello", "-m", out, "--max-new-tokens", "3").startswith("Hello")
     # Everything else starts from the dense model.
-    assert "wina-plus at 50%" in invoke("calibrate", plan, "--model", out, "--tokens", "1024")
+    assert "wina-fisher at 50%" in invoke("calibrate", plan, "--model", out, "--tokens", "1024")
 
 
 def test_eval_ppl(folder: str, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_eval_ppl(folder: str, tmp_path: Path) -> None:
     )  # fmt: skip
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert json.loads(saved.read_text())["rows"] == rows
-    assert [row["method"] for row in rows] == ["dense", "teal", "wina", "wina-plus"]
+    assert [row["method"] for row in rows] == ["dense", "teal", "wina", "wina-fisher"]
     assert rows[0]["nats_over_dense"] == 0
     assert all(0.4 < row["realised_bytes_sparsity"] < 0.6 for row in rows[1:])
 
@@ -238,7 +238,7 @@ def test_json_instead_of_text(folder: str, tmp_path: Path) -> None:
     plan = str(tmp_path / "plan")
     asked = ("--model", folder, "--tokens", "1024", "--sparsity", "0.4", "--json")
     written = json.loads(invoke("calibrate", plan, *asked))
-    assert (written["folder"], written["method"], written["sparsity"]) == (plan, "wina-plus", 0.4)
+    assert (written["folder"], written["method"], written["sparsity"]) == (plan, "wina-fisher", 0.4)
     assert 0.3 < written["realised"] < 0.5
     out = str(tmp_path / "out")
     exported = json.loads(invoke("export", out, "--model", folder, "--plan", plan, "--json"))
@@ -282,4 +282,4 @@ def test_completion_knows_the_methods() -> None:
         env={"_WINA_COMPLETE": "complete_bash", "COMP_WORDS": "wina calibrate --method wina-",
              "COMP_CWORD": "3"},
     )  # fmt: skip
-    assert {"wina-plus", "wina-greedy", "wina-paper"} <= set(result.stdout.split())
+    assert {"wina-fisher", "wina-greedy", "wina-paper"} <= set(result.stdout.split())

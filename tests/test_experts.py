@@ -158,7 +158,7 @@ def test_several_passes_count_every_token_once(monkeypatch: pytest.MonkeyPatch) 
         assert int(layer.tokens.sum()) == 2 * (1024 - 2 * 8)
 
 
-@pytest.mark.parametrize("method", ["wina-plus", "teal-greedy", "was"])
+@pytest.mark.parametrize("method", ["wina-fisher", "teal-greedy", "was"])
 def test_policies_divide_what_is_not_experts(method: str) -> None:
     plan = plan_for(tiny_model("mixtral"), method=method)
     assert len({layer.sparsity for layer in plan.layers.values()}) > 1

@@ -86,7 +86,7 @@ def test_undoing_a_failed_patch_can_be_stopped_too(llama: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("method", "weight_dtype", "every"),
-    [("wina", "int8", 1), ("wina-plus", None, 6)],
+    [("wina", "int8", 1), ("wina-fisher", None, 6)],
 )
 def test_calibrating_stopped_at_any_line(method: str, weight_dtype: str | None, every: int) -> None:
     model = small("llama")

@@ -309,7 +309,7 @@ def test_a_projection_without_influence_has_no_probe(llama: nn.Module) -> None:
 
 def test_plans_name_the_selector_that_weighs_tokens(llama: nn.Module, tmp_path: Path) -> None:
     """Plans of before name none, and mean one cut-off for all tokens."""
-    plan = plan_for(llama, method="wina-plus")
+    plan = plan_for(llama, method="wina-fisher")
     loaded = SparsityPlan.load(plan.save(tmp_path / "new"))
     assert loaded.config.selector == "importance"
     old = replace(plan, config=replace(plan.config, selector="threshold"))

@@ -26,7 +26,7 @@ from wina.testing import random_tokens, tiny_model, tiny_tokenizer
 
 PARTS = [
     {"method": "wina"},
-    {"method": "wina-plus"},
+    {"method": "wina-fisher"},
     {"method": "teal-greedy"},
     {"method": "wina", "allocation": "block-error:tokens=64"},
     {"method": "wina", "allocation": "fisher:rounds=2:tokens=128"},
@@ -76,7 +76,7 @@ def test_the_plan_is_that_of_the_model_in_memory(
 
 
 def test_a_biased_model_that_is_offloaded(tmp_path: Path) -> None:
-    settings = {"method": "wina-plus", "correction": "bias"}
+    settings = {"method": "wina-fisher", "correction": "bias"}
     want = plan_of(tiny_model("qwen2"), **settings)
     found = plan_of(offloaded("qwen2", "disk", tmp_path), **settings)
     for name, layer in want.layers.items():
@@ -153,7 +153,7 @@ def test_gradients_need_one_block_at_a_time(again: bool, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("settings", "name"),
-    [({"weight_dtype": "int8"}, "weight_dtype"), ({"method": "wina-learned"}, "refinement")],
+    [({"weight_dtype": "int8"}, "weight_dtype"), ({"method": "wina-plus"}, "refinement")],
 )
 def test_what_needs_weights_in_memory_is_refused(
     settings: dict[str, Any], name: str, tmp_path: Path
@@ -166,7 +166,7 @@ def test_command(tmp_path: Path) -> None:
     offloaded("llama", "disk", tmp_path / "model")
     command = [
         "calibrate", "--model", str(tmp_path / "model"), "--tokens", "1024", "--method",
-        "wina-plus", "--json", "--sparsity",
+        "wina-fisher", "--json", "--sparsity",
     ]  # fmt: skip
     kept = tmp_path / "kept"
 

@@ -121,7 +121,7 @@ def test_a_product_reads_each_plane_where_its_channel_is_kept(
 
 
 def test_no_channel_is_read_in_its_second_plane_alone(llama: nn.Module) -> None:
-    wina.sparsify(llama, plan_for(llama, weight_dtype=PLANES.name, method="wina-plus"))
+    wina.sparsify(llama, plan_for(llama, weight_dtype=PLANES.name, method="wina-fisher"))
     for module in modules_of(llama):
         first, second = module.threshold.chunk(2)
         assert (second > 3.0 * first)[first > 0].all()
@@ -131,7 +131,7 @@ def test_no_channel_is_read_in_its_second_plane_alone(llama: nn.Module) -> None:
 def test_as_many_bytes_are_skipped_as_asked(
     llama: nn.Module, tokens: Tensor, rounding: str
 ) -> None:
-    plan = plan_for(llama, weight_dtype=PLANES.name, rounding=rounding, method="wina-plus")
+    plan = plan_for(llama, weight_dtype=PLANES.name, rounding=rounding, method="wina-fisher")
     assert plan.realised == pytest.approx(0.5, abs=0.02)
     assert all(len(m.threshold) == 2 * m.projection.in_features for m in plan.layers.values())
     wina.sparsify(llama, plan)

@@ -115,7 +115,7 @@ def test_the_decode_program_reads_it(width: str | None, selector: str, tokens: T
 
 
 def test_the_budget_is_spent_over_the_head_as_well(llama: nn.Module, tokens: Tensor) -> None:
-    plan = plan_for(llama, head="sparse", method="wina-plus", sparsity=0.4)
+    plan = plan_for(llama, head="sparse", method="wina-fisher", sparsity=0.4)
     weights = {name: layer.projection.weights for name, layer in plan.layers.items()}
     mean = sum(layer.sparsity * weights[name] for name, layer in plan.layers.items())
     assert mean / sum(weights.values()) == pytest.approx(0.4, abs=1e-6)
@@ -136,7 +136,7 @@ def test_measurements_of_the_blocks_alone_are_not_taken_for_those_with_the_head(
     measurements = wina.allocation.Measurements(0.6)
     for head, count in (("dense", 14), ("sparse", 15), ("dense", 14)):
         plan = wina.calibrate(
-            llama, config=config(method="wina-plus", head=head), texts=CALIBRATION,
+            llama, config=config(method="wina-fisher", head=head), texts=CALIBRATION,
             show_progress=False, measurements=measurements,
         )  # fmt: skip
         assert len(plan.layers) == count

@@ -71,7 +71,8 @@ def calibrate(
         model: a dense decoder of transformers. It is run, never changed.
         tokenizer: its tokenizer; not needed when ``texts`` are token ids.
         config: defaults to ``SparsityConfig()``.
-        texts: strings, a column of a dataset, or token ids; the bundled text by default.
+        texts: strings, a column of a dataset, or token ids; the bundled text by default, and more
+            of it where a refinement learns from it.
         show_progress: draw a progress bar on stderr.
         measurements: where allocation policies keep what they measured, for calibrations of this
             model with this text at other sparsities and with other selectors, and where rounded
@@ -104,8 +105,14 @@ def calibrate(
     refinement = config.make_refinement()
     if offloaded:
         _check_offloaded(model, config)
+    if texts is None:
+        texts, source = bundled("calibration"), "bundled"
+        if refinement.text:
+            texts += bundled("learning")
+    else:
+        source = "given by the user"
     text = to_windows(
-        bundled("calibration") if texts is None else texts,
+        texts,
         tokenizer,
         config.window,
         max(config.calibration_tokens, refinement.text),
@@ -169,8 +176,7 @@ def calibrate(
             "criterion": config.criterion_spec,
             "criteria": {} if config.criterion else dict(METHODS[config.method].criteria),
             "rotation": rotation_of(model),
-            "tokens": windows.numel(),
-            "window": config.window,
+            "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
             **{
                 name: getattr(config, name)
                 for name in ("mask", "sink_tokens", "weight_dtype", "seed")
@@ -204,7 +210,7 @@ def calibrate(
         config=config,
         model_type=model_type_of(model),
         calibration={
-            "text": "bundled" if texts is None else "given by the user",
+            "text": source,
             "tokens": windows.numel(),
             "criterion": config.criterion_spec,
             "allocation": config.allocation_spec,

@@ -52,9 +52,9 @@ app = typer.Typer(
     help="Training-free activation sparsity: read only the weights that a token needs.",
     epilog="Start with `wina demo`. Methods: dense, wina, teal, wisparse, scap, r-sparse, "
     "random; with "
-    "sparsity divided over the projections: wina-plus, teal-greedy, wina-greedy, was; with "
-    "thresholds learned for minutes as well: wina-learned; on a rotated model: wina-paper, "
-    "larosa.",
+    "sparsity divided over the projections: wina-fisher, teal-greedy, wina-greedy, was; with "
+    "thresholds and constants learned as well, for minutes, the best: wina-plus; on a rotated "
+    "model: wina-paper, larosa.",
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
@@ -127,7 +127,7 @@ def demo_model(
 def calibrate(
     output: Annotated[Path, typer.Argument(help="Folder for the plan.")],
     model: Model = "demo",
-    method: Method = "wina-plus",
+    method: Method = "wina-fisher",
     sparsity: Sparsity = 0.5,
     selector: Annotated[
         str | None,
@@ -201,7 +201,7 @@ def export(
     output: Annotated[Path, typer.Argument(help="Folder for weights, plan, tokenizer and card.")],
     model: Model = "demo",
     plan: Annotated[Path | None, typer.Option(help="Plan folder; default: calibrate now.")] = None,
-    method: Method = "wina-plus",
+    method: Method = "wina-fisher",
     sparsity: Sparsity = 0.5,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure quality and speed for the model card.")
@@ -273,7 +273,7 @@ def recommend(
     model: Model = "demo",
     methods: Annotated[
         str, typer.Option(help="To choose from, by commas, each with settings of its own.")
-    ] = "wina-plus,wina-plus/head=sparse",
+    ] = "wina-fisher,wina-fisher/head=sparse",
     widths: Annotated[
         str,
         typer.Option(help="To choose from, by commas: loaded (as it is), int8, int4, int4+int4."),
@@ -335,7 +335,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     model: Model = "demo",
     plan: Annotated[Path | None, typer.Option(help="Plan folder; default: calibrate now.")] = None,
-    method: Method = "wina-plus",
+    method: Method = "wina-fisher",
     sparsity: Sparsity = 0.5,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write, at most.")] = 64,
     temperature: Annotated[

@@ -66,7 +66,7 @@ class SparsityConfig:
             ``"none"``, which asks for nothing.
     """
 
-    method: str = "wina-plus"
+    method: str = "wina-fisher"
     sparsity: float = 0.5
     criterion: str | None = None
     selector: str | None = None
@@ -317,7 +317,7 @@ def settings_of(label: str) -> dict[str, Any]:
     """Fields of :class:`SparsityConfig` of a method with settings of its own.
 
     Args:
-        label: such as ``"wina"`` or ``"wina-plus/weight_dtype=int4+int4/head=sparse"``.
+        label: such as ``"wina"`` or ``"wina-fisher/weight_dtype=int4+int4/head=sparse"``.
     """
     name, *own = label.split("/")
     return {"method": name, **parse_settings(own)}

@@ -131,7 +131,7 @@ METHODS.register("was")(
 METHODS.register("wisparse")(
     Method("norm-power:0.5", "uniform", "|x|·‖W‖₂^α with α = 0.5, arXiv 2602.14452")
 )
-METHODS.register("wina-plus")(
+METHODS.register("wina-fisher")(
     Method(
         "norm-power:0.5",
         "fisher",
@@ -140,11 +140,11 @@ METHODS.register("wina-plus")(
         selector="importance",
     )
 )
-METHODS.register("wina-learned")(
+METHODS.register("wina-plus")(
     Method(
         "norm-power:0.5",
         "fisher",
-        "wina-plus, with thresholds of channels and constants of outputs learned by KL: minutes",
+        "the best: wina-fisher, its thresholds of channels and constants of outputs learned by KL",
         selector="importance",
         refinement="learned",
     )

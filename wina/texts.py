@@ -21,11 +21,16 @@ DOCUMENT_MARK = "<|doc|>"
 FIELDS = ("text", "page", "content")
 # Or all of them together: the fields of instruction data sets such as Alpaca.
 INSTRUCTION_FIELDS = ("instruction", "input", "output")
-_NAMES = ("heldout", "calibration")
+_NAMES = ("heldout", "calibration", "learning")
 
 
 def bundled(name: str) -> list[str]:
-    """Documents of a bundled text: ``"calibration"`` or ``"heldout"`` (``wina/data/README.md``)."""
+    """Documents of a bundled text, of which ``wina/data/README.md`` tells.
+
+    Args:
+        name: ``"calibration"``; ``"learning"``, more for a refinement that learns from text; or
+            ``"heldout"``, which is scored.
+    """
     text = files("wina").joinpath("data", f"{name}.txt").read_text(encoding="utf-8")
     return [document.strip() for document in text.split(DOCUMENT_MARK)]
 
@@ -33,10 +38,10 @@ def bundled(name: str) -> list[str]:
 def read_documents(source: str) -> list[str]:
     """Documents of texts named by commas: ``calibration,wiki.jsonl.gz,instructions.jsonl@200``.
 
-    A text is ``heldout`` or ``calibration`` (bundled), a text file, or a ``.jsonl`` file, each
-    maybe ``.gz``. A text file is one document; a row of JSON is a document, in its field ``text``,
-    ``page`` or ``content``, or in ``instruction``, ``input`` and ``output`` together. ``@200``
-    takes 200 documents, evenly from all.
+    A text is ``heldout``, ``calibration`` or ``learning`` (bundled), a text file, or a ``.jsonl``
+    file, each maybe ``.gz``. A text file is one document; a row of JSON is a document, in its field
+    ``text``, ``page`` or ``content``, or in ``instruction``, ``input`` and ``output`` together.
+    ``@200`` takes 200 documents, evenly from all.
 
     Raises:
         WinaError: it cannot be read, or a row has none of these fields.
@@ -104,7 +109,7 @@ def _text_of(row: Mapping[str, Any]) -> str:
     return "\n".join(str(row[field]) for field in INSTRUCTION_FIELDS if row.get(field))
 
 
-def digest(documents: list[str]) -> str:
+def digest(documents: Iterable[str]) -> str:
     """sha256 of documents, by which a cached result knows its text."""
     return hashlib.sha256("\0".join(documents).encode()).hexdigest()
 

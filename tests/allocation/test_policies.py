@@ -126,7 +126,7 @@ def test_out_of_reach_says_so(llama: nn.Module) -> None:
 def test_every_method_declares_its_needs() -> None:
     assert METHODS["wina"].needs == "nothing"
     assert METHODS["teal-greedy"].needs.startswith("activations")
-    assert METHODS["wina-plus"].needs.startswith("gradients")
+    assert METHODS["wina-fisher"].needs.startswith("gradients")
 
 
 def test_tokens_are_whole_windows_from_all_of_the_text(llama: nn.Module) -> None:

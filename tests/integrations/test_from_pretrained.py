@@ -159,7 +159,7 @@ print(type(model.model.layers[0].self_attn.q_proj).__name__)
 
 
 def test_a_plan_with_other_settings_is_not_used(folder: Path, llama: nn.Module) -> None:
-    plan_for(llama, method="wina-plus", sparsity=0.4).save(folder / "wina")
+    plan_for(llama, method="wina-fisher", sparsity=0.4).save(folder / "wina")
     for sparsity in (0.4, 0.3):
         # No text: only a plan can give thresholds.
         config = wina_config(sparsity=sparsity, texts=CALIBRATION[:1])
