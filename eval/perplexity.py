@@ -32,7 +32,7 @@ from wina.patch import is_patched, prefill_protocol, restore
 from wina.prefill import parse_prefill
 from wina.progress import progress
 from wina.rotation import rotated
-from wina.texts import bundled, digest, to_windows
+from wina.texts import bundled, default_texts, digest, to_windows
 
 # Tokens whose logits are widened to float32 at once: all of a text's would be gigabytes, which
 # take longer to come by than to add up.
@@ -294,9 +294,7 @@ def identity_of(
     facts = {
         "model": fingerprint(model),
         "text": digest(bundled("heldout") if texts is None else texts),
-        "calibration": digest(
-            bundled("calibration") + bundled("learning") if calibration is None else calibration
-        ),
+        "calibration": digest(default_texts(learns=True) if calibration is None else calibration),
         "settings": dict(settings),
         "versions": versions(),
     }

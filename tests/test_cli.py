@@ -282,4 +282,4 @@ def test_completion_knows_the_methods() -> None:
         env={"_WINA_COMPLETE": "complete_bash", "COMP_WORDS": "wina calibrate --method wina-",
              "COMP_CWORD": "3"},
     )  # fmt: skip
-    assert {"wina-fisher", "wina-greedy", "wina-paper"} <= set(result.stdout.split())
+    assert {"wina-fisher", "wina-plus", "wina-greedy", "wina-paper"} <= set(result.stdout.split())

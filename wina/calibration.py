@@ -48,7 +48,7 @@ from wina.refinement import NO_REFINEMENT
 from wina.refining import refine
 from wina.rotation import check_rotation, rotation_of
 from wina.scores import ChannelScores
-from wina.texts import bundled, digest, evenly, to_windows
+from wina.texts import default_texts, digest, evenly, to_windows
 
 logger = logging.getLogger(__name__)
 
@@ -105,14 +105,8 @@ def calibrate(
     refinement = config.make_refinement()
     if offloaded:
         _check_offloaded(model, config)
-    if texts is None:
-        texts, source = bundled("calibration"), "bundled"
-        if refinement.text:
-            texts += bundled("learning")
-    else:
-        source = "given by the user"
     text = to_windows(
-        texts,
+        default_texts(refinement.text > 0) if texts is None else texts,
         tokenizer,
         config.window,
         max(config.calibration_tokens, refinement.text),
@@ -210,7 +204,7 @@ def calibrate(
         config=config,
         model_type=model_type_of(model),
         calibration={
-            "text": source,
+            "text": "bundled" if texts is None else "given by the user",
             "tokens": windows.numel(),
             "criterion": config.criterion_spec,
             "allocation": config.allocation_spec,

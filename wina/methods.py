@@ -9,7 +9,7 @@ channel, and what their selector, correction and rotation add.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from wina.allocation import ALLOCATIONS
 from wina.corrections import CORRECTIONS
@@ -141,11 +141,9 @@ METHODS.register("wina-fisher")(
     )
 )
 METHODS.register("wina-plus")(
-    Method(
-        "norm-power:0.5",
-        "fisher",
-        "the best: wina-fisher, its thresholds of channels and constants of outputs learned by KL",
-        selector="importance",
+    replace(
+        METHODS["wina-fisher"],
+        source="the best: wina-fisher, its thresholds and constants of outputs learned by KL",
         refinement="learned",
     )
 )

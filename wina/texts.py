@@ -35,6 +35,15 @@ def bundled(name: str) -> list[str]:
     return [document.strip() for document in text.split(DOCUMENT_MARK)]
 
 
+def default_texts(learns: bool) -> list[str]:
+    """The bundled documents that calibration reads where no text is given.
+
+    Args:
+        learns: a refinement reads them, too, and wants more than what is only counted.
+    """
+    return bundled("calibration") + (bundled("learning") if learns else [])
+
+
 def read_documents(source: str) -> list[str]:
     """Documents of texts named by commas: ``calibration,wiki.jsonl.gz,instructions.jsonl@200``.
 
