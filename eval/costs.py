@@ -104,20 +104,20 @@ class TokenCosts:
         """Of what a token of the dense model reads, as it was loaded."""
         return found.total / self.dense.total
 
-    def sparsity_for(
-        self, share: float, config: SparsityConfig | None, extra: float = 0.0
-    ) -> float:
+    def share_of_projections(self, config: SparsityConfig | None) -> float:
+        """Of what a token of the dense model reads, the projections' weights at this width."""
+        return self.at({}, config).projections / self.dense.total
+
+    def sparsity_for(self, share: float, config: SparsityConfig | None) -> float:
         """The sparsity at which a token reads this share; negative if dense reads less already.
 
         Args:
             share: of what a token of the dense model reads.
-            config: its sparsity does not matter.
-            extra: see :meth:`at`.
+            config: its sparsity does not matter. Corrections and rotations are left out.
         """
         names = [projection.name for projection in self.projections(config)]
-        fixed = self.at(dict.fromkeys(names, 1.0), config, extra)
-        whole = self.at({}, config).projections
-        return 1.0 - (share * self.dense.total - fixed.total) / whole
+        fixed = self.at(dict.fromkeys(names, 1.0), config)
+        return 1.0 - (share - self.share(fixed)) / self.share_of_projections(config)
 
     def mean(self, realised: Mapping[str, float], config: SparsityConfig | None) -> float:
         """Share of projection weights skipped."""

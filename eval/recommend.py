@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,21 +21,20 @@ from wina.errors import ConfigError
 from wina.eval.costs import TokenCosts
 from wina.eval.frontier import LOADED
 from wina.eval.perplexity import perplexity
-from wina.inspection import inspect
 from wina.kernels.quantization import WEIGHT_DTYPES
 from wina.patch import restore
 from wina.progress import progress
 from wina.rotation import NO_ROTATION, rotated
 from wina.texts import bundled, to_windows
 
-METHODS_TRIED = ("wina-fisher", "wina-fisher/head=sparse")
 # Sparsities that are tried: below the first the kernels save nothing worth the loss, above the
 # last no method is known to be useful.
 LEAST, MOST = 0.1, 0.8
 # How far a choice may miss a budget of bytes, as realised sparsity drifts with the text.
 _SLACK = 0.01
-# Bisections of the sparsity for a bound on the loss: to within 0.01.
-_HALVINGS = 6
+# A bound on the loss is met from this part of it on, or where the sparsity is known to _NEAR.
+_MET = 0.9
+_NEAR = 0.01
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Adviser:
         self,
         model: nn.Module,
         tokenizer: Any,
-        methods: Sequence[str] = METHODS_TRIED,
+        methods: Sequence[str],
         widths: Sequence[str] = (LOADED, *WEIGHT_DTYPES),
         itemsize: float | None = None,
         tokens: int = 2048,
@@ -126,12 +126,16 @@ class Adviser:
                 self._try("dense", width, 0.0)
                 continue
             for method in self.methods:
-                wanted = self.costs.sparsity_for(share, self._config(method, width, 0.0))
-                if LEAST <= wanted <= MOST:
-                    asked = self._with_extra(share, method, width, wanted)
-                    found = self._try(method, width, asked)
-                    if found.share > share + _SLACK:  # the text skips less than calibration's
-                        self._try(method, width, 2 * asked - found.realised)
+                config = self._config(method, width, 0.0)
+                wanted = max(LEAST, self.costs.sparsity_for(share, config))
+                if wanted > MOST:
+                    continue
+                over = self._try(method, width, wanted).share - share
+                # Corrections and rotations are read as well, and this text may skip less than
+                # the calibration text.
+                again = wanted + over / self.costs.share_of_projections(config)
+                if over > _SLACK and again <= MOST:
+                    self._try(method, width, again)
         fitting = [found for found in self.tried if found.share <= share + _SLACK]
         if not fitting:
             raise ConfigError(
@@ -144,19 +148,40 @@ class Adviser:
         """The fewest bytes among choices that lose at most so many nats per token."""
         if nats < 0.0:
             raise ConfigError(f"a loss is not negative: {nats:g}")
-        for width in self.widths:
+        for width in sorted(self.widths, key=self._dense_share):
             if self._try("dense", width, 0.0).nats_over_dense > nats:
                 continue
             for method in self.methods:
-                low, high = LEAST, MOST
-                for _ in range(_HALVINGS):
-                    middle = (low + high) / 2
-                    good = self._try(method, width, middle).nats_over_dense <= nats
-                    low, high = (middle, high) if good else (low, middle)
-        fitting = [found for found in self.tried if found.nats_over_dense <= nats]
+                self._search(method, width, nats)
+        fitting = self._losing(nats)
         if not fitting:
             raise ConfigError(f"nothing loses at most {nats:g} nats per token")
         return min(fitting, key=lambda found: found.share)
+
+    def _losing(self, nats: float) -> list[Expectation]:
+        return [found for found in self.tried if found.nats_over_dense <= nats]
+
+    def _search(self, method: str, width: str, nats: float) -> None:
+        """Try sparsities up to where the loss reaches the bound.
+
+        The first one is where fewer bytes are read than by the best so far. If too much is lost
+        there already, nothing more is tried.
+        """
+        least = min(found.share for found in self._losing(nats))
+        good = max(LEAST, self.costs.sparsity_for(least, self._config(method, width, 0.0)))
+        if good > MOST or (here := self._try(method, width, good).nats_over_dense) > nats:
+            return
+        bad, there = MOST, math.inf
+        while here < _MET * nats and bad - good > 2 * _NEAR:
+            asked = _between(good, here, bad, there, nats)
+            loss = self._try(method, width, asked).nats_over_dense
+            if loss <= nats:
+                good, here = asked, loss
+            else:
+                bad, there = asked, loss
+
+    def _dense_share(self, width: str) -> float:
+        return self.costs.share(self.costs.at({}, self._config("dense", width, 0.0)))
 
     def _floor(self) -> float:
         """The least share that any choice reads."""
@@ -168,25 +193,6 @@ class Adviser:
                 realised = {p.name: most for p in self.costs.projections(config)}
                 shares.append(self.costs.share(self.costs.at(realised, config)))
         return min(shares)
-
-    def _with_extra(self, share: float, method: str, width: str, sparsity: float) -> float:
-        """The sparsity that pays for the method's corrections and rotation as well."""
-        extra = self._extra(method, width, sparsity)
-        if not extra:
-            return sparsity
-        return self.costs.sparsity_for(share, self._config(method, width, sparsity), extra)
-
-    def _extra(self, method: str, width: str, sparsity: float) -> int:
-        config = self._config(method, width, sparsity)
-        weighs = config.make_selector().weighs_tokens
-        if not weighs and config.correction_spec == config.rotation_spec == "none":
-            return 0
-        with rotated(self.model, config.rotation_spec, self.tokenizer, show_progress=False):
-            self._patch(config)
-            try:
-                return inspect(self.model).extra_bytes
-            finally:
-                restore(self.model)
 
     def _config(self, method: str, width: str, sparsity: float) -> SparsityConfig:
         own = {"calibration_tokens": self.tokens, "window": self.window}
@@ -226,6 +232,20 @@ class Adviser:
         )  # fmt: skip
         self.tried.append(found)
         return found
+
+
+def _between(good: float, here: float, bad: float, there: float, nats: float) -> float:
+    """Where the loss should reach ``nats``: losses grow about exponentially with the sparsity.
+
+    Args:
+        good, here: a sparsity, and its loss, at most ``nats``.
+        bad, there: a sparsity, and its loss, above ``nats``; inf if it was not measured.
+    """
+    part = 0.5
+    if nats > 0.0 and math.isfinite(there):
+        floor = max(here, nats / 100)  # what is lost at low sparsities may be nothing, or less
+        part = math.log(nats / floor) / math.log(there / floor)
+    return min(max(good + part * (bad - good), good + _NEAR), bad - _NEAR)
 
 
 def print_recommendation(

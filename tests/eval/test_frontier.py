@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from wina.eval import recommend
 from wina.eval.ablation import Levels, effects, levels_of, rows_of_ablation
 from wina.eval.costs import TokenCosts
 from wina.eval.frontier import frontier_columns, rows_of_frontier
-from wina.eval.recommend import Adviser
+from wina.eval.recommend import Adviser, Expectation
 from wina.kernels.quantization import WEIGHT_DTYPES
 from wina.patch import is_patched
 from wina.rounding import Nearest
@@ -208,12 +210,68 @@ def test_recommendations_keep_their_budget() -> None:
         adviser(model).for_bytes(0.05)
 
 
-def test_a_bound_on_the_loss_takes_the_fewest_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recommend, "_HALVINGS", 2)
+def losing(found: Adviser, monkeypatch: pytest.MonkeyPatch, rates: Mapping[str, float]) -> None:
+    """Let trials lose exp(rate·sparsity) − 1 thousandths by width, without running the model."""
+
+    def tried(method: str, width: str, sparsity: float) -> Expectation:
+        realised = dict.fromkeys((p.name for p in found.costs.projections(None)), sparsity)
+        read = found.costs.at(realised if sparsity else {}, found._config(method, width, sparsity))
+        loss = 1e-3 * math.expm1(rates[width] * sparsity)
+        trial = Expectation(method, width, sparsity, sparsity, found.costs.share(read), loss)
+        found.tried.append(trial)
+        return trial
+
+    monkeypatch.setattr(found, "_try", tried)
+
+
+@pytest.mark.parametrize("nats", [0.02, 0.1, 0.5])
+def test_a_bound_on_the_loss_is_almost_reached_in_few_trials(
+    nats: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = adviser(tiny_model("llama"))
+    losing(found, monkeypatch, {"loaded": 9.0, "int8": 9.0, "int4": 20.0, "int4+int4": 8.0})
+    chosen = found.for_loss(nats)
+    assert chosen.nats_over_dense <= nats
+    assert chosen.nats_over_dense >= 0.8 * nats
+    assert chosen.share == min(t.share for t in found.tried if t.nats_over_dense <= nats)
+    # Where 16 bits begin to read less than 8 or 4 bits do already, too much is lost.
+    assert len([t for t in found.tried if t.width == "loaded"]) <= 2
+    assert len(found.tried) <= 20
+
+
+def test_a_width_that_just_misses_the_bytes_is_tried_sparse() -> None:
+    found = adviser(tiny_model("llama"))
+    dense = found.costs.at({}, found._config("dense", "int8", 0.0))
+    found.for_bytes(found.costs.share(dense) - 0.005)
+    assert [t.sparsity for t in found.tried if t.width == "int8"] == [recommend.LEAST]
+
+
+def test_what_a_rotation_reads_is_paid_for_by_channels() -> None:
+    found = Adviser(
+        tiny_model("llama"), tiny_tokenizer(), ("wina/rotation=orthogonal",), ("loaded",),
+        tokens=256, window=64, show_progress=False,
+    )  # fmt: skip
+    chosen = found.for_bytes(0.8)
+    assert len(found.tried) == 2  # the first trial read too much
+    assert chosen.share == pytest.approx(0.8, abs=0.02)
+    assert chosen.sparsity > found.tried[0].sparsity + 0.05
+
+
+def test_a_search_knows_that_it_cannot_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = adviser(tiny_model("llama"))
+    losing(found, monkeypatch, {"loaded": 0.0, "int8": 0.0, "int4": 0.0, "int4+int4": 0.0})
+    chosen = found.for_loss(0.01)
+    assert (chosen.width, chosen.sparsity) == ("int4", pytest.approx(recommend.MOST, abs=0.02))
+    assert not [t for t in found.tried if t.width == "loaded" and t.sparsity]
+
+
+def test_a_bound_on_the_loss_takes_the_fewest_bytes() -> None:
+    model = tiny_model("llama")
+    found = adviser(model)
     chosen = found.for_loss(0.02)
     assert chosen.nats_over_dense <= 0.02
     assert chosen.share == min(t.share for t in found.tried if t.nats_over_dense <= 0.02)
+    assert not is_patched(model)
     with pytest.raises(ConfigError, match="not negative"):
         found.for_loss(-1.0)
 
