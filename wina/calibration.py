@@ -34,7 +34,6 @@ from wina.plan import (
 )
 from wina.planes import in_planes
 from wina.projections import (
-    DenseModule,
     Projection,
     dense_modules,
     find_experts,
@@ -102,9 +101,9 @@ def calibrate(
     projections = find_projections(model, offloaded)
     if config.head == "sparse":
         projections.append(find_head(model))
-    refinement = config.make_refinement()
     if offloaded:
         _check_offloaded(model, config)
+    refinement = config.make_refinement()
     text = to_windows(
         default_texts(refinement.text > 0) if texts is None else texts,
         tokenizer,
@@ -114,117 +113,182 @@ def calibrate(
     windows = evenly(text, config.calibration_tokens)
     if windows.shape[1] <= config.sink_tokens + 1:
         raise CalibrationError(f"the text is too short: {windows.numel()} tokens")
-    units = _units(projections, config)
-    experts = find_experts(model)
-    fused_experts = [fused for fused, _ in experts.values()]
-    _tell_what_stays_dense(dense_modules(model, offloaded), projections, fused_experts)
-    experts_scores = {
-        name: _scores_of_experts(name, fused, config) for name, (fused, _) in experts.items()
-    }
-    # Weights in planes, rounded to the nearest, are in the modules while calibration runs.
-    done = config if config.planes == 1 else replace(config, weight_dtype=None, rounding=None)
-    # Policies look at masks with one cut-off for all tokens, whatever the selector: as TEAL's
-    # histograms do, from which WINA's top-k budgets come as well.
-    seen = _scores(model, units, replace(done, selector="threshold"), config.planes)
+    _tell_what_stays_dense(model, offloaded, projections)
+    calibration = _Calibration(model, config, projections, windows, measurements, show_progress)
+    plan = calibration.plan("bundled" if texts is None else "given by the user")
+    if config.refinement_spec == NO_REFINEMENT or config.sparsity == 0.0:
+        return plan
+    return refine(model, plan, refinement, text, windows, show_progress)
 
-    # Where a policy only looks for masks, finding the best integers each time would be dear.
-    plain = replace(done, rounding=done.weight_dtype and "nearest")
 
-    def run(
+class _Calibration:
+    """A plan in the making: the budget is divided, then each projection gets its thresholds.
+
+    Args:
+        model: dense, with its head.
+        config: what is asked for.
+        projections: to become sparse.
+        windows: calibration tokens [windows, S].
+        measurements: of policies, and rounded weights; None to keep nothing.
+        show_progress: draw progress bars on stderr.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SparsityConfig,
+        projections: Sequence[Projection],
+        windows: Tensor,
+        measurements: Measurements | None,
+        show_progress: bool,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.projections = projections
+        self.windows = windows
+        self.measurements = measurements
+        self.show_progress = show_progress
+        self.units = _units(projections, config)
+        self.experts = find_experts(model)
+        self.experts_scores = {
+            name: _scores_of_experts(name, fused, config)
+            for name, (fused, _) in self.experts.items()
+        }
+        # Weights in planes, rounded to the nearest, are in the modules while calibration runs.
+        self.loaded = (
+            config if config.planes == 1 else replace(config, weight_dtype=None, rounding=None)
+        )
+        # Policies look at masks with one cut-off for all tokens, whatever the selector: as TEAL's
+        # histograms do, from which WINA's top-k budgets come as well.
+        self.seen = self._scores(replace(self.loaded, selector="threshold"))
+        units = [unit.projections for unit in self.units]
+        self.importance = TokenImportance(model, units, windows)
+        self.weighs_tokens = config.make_selector().weighs_tokens and config.sparsity > 0.0
+        self.problem = self._problem()
+
+    def plan(self, text: str) -> SparsityPlan:
+        """The plan, not refined.
+
+        Args:
+            text: where the calibration text is from, for the plan's record.
+        """
+        config = self.config
+        found = self._calibrated()
+        return SparsityPlan(
+            config=config,
+            model_type=model_type_of(self.model),
+            calibration={
+                "text": text,
+                "tokens": self.windows.numel(),
+                "criterion": config.criterion_spec,
+                "allocation": config.allocation_spec,
+                "refinement": config.refinement_spec,
+                "correction": config.correction_spec,
+                "rounding": config.rounding_spec or "none",
+                "rotation": rotation_of(self.model),
+            },
+            layers=found.plans(),
+            experts={
+                projection.name: _plan_of_experts(projection, found.experts[name], config)
+                for name, (_, roles) in self.experts.items()
+                for projection in roles
+            },
+        )
+
+    def _calibrated(self) -> Calibrator:
+        """The budget divided, and the decoder run at it."""
+        config = self.config
+        allocation = config.make_allocation() if config.sparsity else Uniform()
+        rounding = config.make_rounding()
+        modules = {p.name: linear_of(self.model, p.name) for p in self.projections}
+        with in_planes(modules, config.kept_as) as weights:
+            sparsities = self.problem.by_projection(allocation.allocate(self.problem))
+            importance = None
+            if self.weighs_tokens:
+                importance = self.problem.measured_tensors(
+                    lambda: self.importance.measured(self.show_progress),
+                    importance="curvature of KL",
+                )
+            return self._run(
+                self._scores(self.loaded),
+                sparsities,
+                config if rounding is not None and rounding.looks else self.loaded,
+                f"calibrating {config.method} at {config.sparsity:.0%}",
+                importance,
+                weights,
+            )
+
+    def _run(
+        self,
         scores: Mapping[str, ChannelScores],
         sparsities: Mapping[str, float],
         config: SparsityConfig,
         title: str = "",
-        show: bool = False,
         importance: Mapping[str, Tensor] | None = None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Calibrator:
+        """One pass of the decoder; progress is shown under a title."""
         calibrator = Calibrator(
-            model, projections, scores, sparsities, config, measurements, importance, weights
-        )
+            self.model, self.projections, scores, sparsities, config, self.measurements,
+            importance, weights,
+        )  # fmt: skip
         # Policies divide the budget over projections; experts have the share that was asked for.
         sequential = config.statistics == "sequential"
         calibrator.experts = {
-            name: ExpertsCalibrator(fused, experts_scores[name], config.sparsity, sequential)
-            for name, (fused, _) in experts.items()
+            name: ExpertsCalibrator(fused, self.experts_scores[name], config.sparsity, sequential)
+            for name, (fused, _) in self.experts.items()
         }
-        calibrator.run(windows, title, show)
+        calibrator.run(self.windows, title, self.show_progress and bool(title))
         return calibrator
 
-    def thresholds(sparsities: Mapping[str, float]) -> dict[str, Tensor]:
-        layers = run(seen, problem.by_projection(sparsities), plain).plans()
+    def _thresholds(self, sparsities: Mapping[str, float]) -> dict[str, Tensor]:
+        """Of every projection, for what a policy gives to each unit."""
+        # Where a policy only looks for masks, finding the best integers each time would be dear.
+        nearest = self.loaded.weight_dtype and "nearest"
+        config = replace(self.loaded, rounding=nearest)
+        layers = self._run(self.seen, self.problem.by_projection(sparsities), config).plans()
         return {name: layer.threshold for name, layer in layers.items()}
 
-    importance = TokenImportance(model, [unit.projections for unit in units], windows)
-    weighs = config.make_selector().weighs_tokens and config.sparsity > 0.0
-    problem = Problem(
-        units=units,
-        sparsity=config.sparsity,
-        model=model,
-        windows=windows,
-        scores=seen,
-        sink_tokens=config.sink_tokens,
-        thresholds=thresholds,
-        measurements=measurements,
-        about={
-            "criterion": config.criterion_spec,
-            "criteria": {} if config.criterion else dict(METHODS[config.method].criteria),
-            "rotation": rotation_of(model),
-            "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-            **{
-                name: getattr(config, name)
-                for name in ("mask", "sink_tokens", "weight_dtype", "seed")
+    def _problem(self) -> Problem:
+        """What the allocation policy is asked."""
+        config = self.config
+        same = ("mask", "sink_tokens", "weight_dtype", "seed")
+        return Problem(
+            units=self.units,
+            sparsity=config.sparsity,
+            model=self.model,
+            windows=self.windows,
+            scores=self.seen,
+            sink_tokens=config.sink_tokens,
+            thresholds=self._thresholds,
+            measurements=self.measurements,
+            about={
+                "criterion": config.criterion_spec,
+                "criteria": {} if config.criterion else dict(METHODS[config.method].criteria),
+                "rotation": rotation_of(self.model),
+                "windows": hashlib.sha256(self.windows.numpy().tobytes()).hexdigest(),
+                **{name: getattr(config, name) for name in same},
+                **({} if config.head == "dense" else {"head": config.head}),
             },
-            **({} if config.head == "dense" else {"head": config.head}),
-        },
-        watched=importance.watched if weighs else (),
-        show_progress=show_progress,
-    )
-    allocation = config.make_allocation() if config.sparsity else Uniform()
-    title = f"calibrating {config.method} at {config.sparsity:.0%}"
-    modules = {projection.name: linear_of(model, projection.name) for projection in projections}
-    rounding = config.make_rounding()
-    with in_planes(modules, config.kept_as) as weights:
-        sparsities = problem.by_projection(allocation.allocate(problem))
-        weighed = None
-        if weighs:
-            weighed = problem.measured_tensors(
-                lambda: importance.measured(show_progress), importance="curvature of KL"
-            )
-        found = run(
-            _scores(model, units, done, config.planes),
-            sparsities,
-            config if rounding is not None and rounding.looks else done,
-            title,
-            show_progress,
-            weighed,
-            weights,
+            watched=self.importance.watched if self.weighs_tokens else (),
+            show_progress=self.show_progress,
         )
-    plan = SparsityPlan(
-        config=config,
-        model_type=model_type_of(model),
-        calibration={
-            "text": "bundled" if texts is None else "given by the user",
-            "tokens": windows.numel(),
-            "criterion": config.criterion_spec,
-            "allocation": config.allocation_spec,
-            "refinement": config.refinement_spec,
-            "correction": config.correction_spec,
-            "rounding": config.rounding_spec or "none",
-            "rotation": rotation_of(model),
-        },
-        layers=found.plans(),
-        experts={
-            projection.name: _plan_of_experts(projection, found.experts[name], config)
-            for name, (_, roles) in experts.items()
-            for projection in roles
-        },
-    )
-    if config.sparsity == 0.0:
-        return plan
-    if config.refinement_spec != NO_REFINEMENT:
-        plan = refine(model, plan, refinement, text, windows, show_progress)
-    return plan
+
+    def _scores(self, config: SparsityConfig) -> dict[str, ChannelScores]:
+        """Projection name → its scores; the projections of one unit share the constants."""
+        found = {}
+        for unit in self.units:
+            modules = [linear_of(self.model, projection.name) for projection in unit.projections]
+            shared = ChannelScores(
+                weights=WeightsOf(modules),
+                criterion=config.make_criterion(_deciding_role(unit, config)),
+                selector=config.make_selector(),
+                seed=config.seed + zlib.crc32(unit.name.encode()),
+                weight_dtype=config.weight_dtype,
+                planes=self.config.planes,
+            )
+            found.update({projection.name: shared for projection in unit.projections})
+        return found
 
 
 def measurements_in(
@@ -261,13 +325,13 @@ def _check_offloaded(model: nn.Module, config: SparsityConfig) -> None:
 
 
 def _tell_what_stays_dense(
-    dense: Sequence[DenseModule],
-    projections: Sequence[Projection],
-    experts: Sequence[FusedExperts],
+    model: nn.Module, offloaded: bool, projections: Sequence[Projection]
 ) -> None:
+    dense = dense_modules(model, offloaded)
+    experts = [fused.module for fused, _ in find_experts(model).values()]
     weights = sum(module.weights for module in dense)
     sparse = sum(projection.weights for projection in projections) + sum(
-        parameter.numel() for fused in experts for parameter in fused.module.parameters()
+        parameter.numel() for module in experts for parameter in module.parameters()
     )
     share = weights / (weights + sparse)
     if share > _MENTIONED:
@@ -282,25 +346,6 @@ def _units(projections: Sequence[Projection], config: SparsityConfig) -> list[Un
     if config.mask == "projection":
         return [Unit(projection.name, (projection,)) for projection in projections]
     return [Unit(name, tuple(members)) for name, members in group_members(projections).items()]
-
-
-def _scores(
-    model: nn.Module, units: Sequence[Unit], config: SparsityConfig, planes: int
-) -> dict[str, ChannelScores]:
-    """Projection name → its scores; the projections of one unit share the constants."""
-    found = {}
-    for unit in units:
-        modules = [linear_of(model, projection.name) for projection in unit.projections]
-        shared = ChannelScores(
-            weights=WeightsOf(modules),
-            criterion=config.make_criterion(_deciding_role(unit, config)),
-            selector=config.make_selector(),
-            seed=config.seed + zlib.crc32(unit.name.encode()),
-            weight_dtype=config.weight_dtype,
-            planes=planes,
-        )
-        found.update({projection.name: shared for projection in unit.projections})
-    return found
 
 
 def _deciding_role(unit: Unit, config: SparsityConfig) -> str:
