@@ -6,6 +6,7 @@ dropped, cold weights.
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable
@@ -109,4 +110,5 @@ def run(N: int = 4096, K: int = 4096, rounds: int = 7) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     run()

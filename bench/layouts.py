@@ -5,6 +5,7 @@ Why dense products of patched 16-bit layers go through the kernel (``kernels/REA
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable
@@ -75,4 +76,5 @@ def _timed(call: Callable[[], object]) -> Callable[[], float]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     run()

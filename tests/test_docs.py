@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from wina.catalogue import to_markdown
 from wina.criteria import CRITERIA
 from wina.kernels.dispatch import backends
 from wina.methods import METHODS
@@ -37,6 +38,11 @@ def test_how_tos_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     for block in BLOCK.findall(text):
         exec(compile(block, f"{page}.md", "exec"), names)
     assert capsys.readouterr().out
+
+
+def test_the_page_of_methods_lists_all_that_can_be_chosen() -> None:
+    page = (DOCS / "methods.md").read_text(encoding="utf-8")
+    assert page.endswith(to_markdown()), "wina methods --markdown prints what is to stand there"
 
 
 def notebook_cells() -> list[dict[str, object]]:

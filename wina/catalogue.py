@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 from wina.allocation import ALLOCATIONS
 from wina.corrections import CORRECTIONS, NO_CORRECTION
 from wina.criteria import CRITERIA
@@ -44,6 +48,19 @@ def parts(field: str) -> list[tuple[str, ...]]:
         (name, spelled_out(registry, name), (registry[name].__doc__ or "").strip().splitlines()[0])
         for name in registry
     ]
+
+
+def show() -> None:
+    """All of it, as tables on stdout."""
+    console = Console()
+    for title, columns, rows in (
+        ("methods", METHOD_COLUMNS, methods()),
+        *((field, PART_COLUMNS, parts(field)) for field in PARTS),
+    ):
+        table = Table(*columns, title=title, title_justify="left", title_style="bold")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
 
 
 def to_document() -> dict[str, Any]:

@@ -31,6 +31,7 @@ from wina.cli_options import (
     Tracking,
     Trust,
     WeightDtype,
+    config_of,
     documents_of,
     give_rotation,
     itemsize_of,
@@ -50,11 +51,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="Training-free activation sparsity: read only the weights that a token needs.",
-    epilog="Start with `wina demo`. Methods: dense, wina, teal, wisparse, scap, r-sparse, "
-    "random; with "
-    "sparsity divided over the projections: wina-fisher, teal-greedy, wina-greedy, was; with "
-    "thresholds and constants learned as well, for minutes, the best: wina-plus; on a rotated "
-    "model: wina-paper, larosa.",
+    epilog="Start with `wina demo`. The methods to choose from: `wina methods`.",
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
@@ -123,6 +120,26 @@ def demo_model(
     print(demo_model_folder(DEFAULT if name == "demo" else name))
 
 
+@app.command("methods")
+def list_methods(
+    json_output: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Tables of Markdown.")] = False,
+) -> None:
+    """List the methods, and the parts that they are made of.
+
+    Each part is a field of `wina.SparsityConfig` and can be given to any method:
+    `--method wina-fisher/selector=threshold`.
+    """
+    from wina import catalogue
+
+    if json_output:
+        print(json.dumps(catalogue.to_document()))
+    elif markdown:
+        print(catalogue.to_markdown(), end="")
+    else:
+        catalogue.show()
+
+
 @app.command()
 def calibrate(
     output: Annotated[Path, typer.Argument(help="Folder for the plan.")],
@@ -170,17 +187,10 @@ def calibrate(
     import wina
     from wina.calibration import measurements_in
 
-    config = wina.SparsityConfig(
-        method=method,
-        sparsity=sparsity,
-        selector=selector,
-        mask=mask,
-        calibration_tokens=tokens,
-        weight_dtype=weight_dtype,
-        rounding=rounding,
-        head=head,
-        tracking=tracking,
-    )
+    config = config_of(
+        method, sparsity=sparsity, selector=selector, mask=mask, calibration_tokens=tokens,
+        weight_dtype=weight_dtype, rounding=rounding, head=head, tracking=tracking,
+    )  # fmt: skip
     loaded, tokenizer = load_model(model, dtype, trust_remote_code, offload=offload)
     texts = documents_of(text)
     give_rotation(loaded, config.rotation_spec, tokenizer)
@@ -206,6 +216,7 @@ def export(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure quality and speed for the model card.")
     ] = False,
+    text: Text = None,
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
     head: Head = "dense",
@@ -226,15 +237,11 @@ def export(
 
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     if plan is None:
-        config = wina.SparsityConfig(
-            method=method,
-            sparsity=sparsity,
-            weight_dtype=weight_dtype,
-            head=head,
-            tracking=tracking,
+        config = config_of(
+            method, sparsity=sparsity, weight_dtype=weight_dtype, head=head, tracking=tracking
         )
         give_rotation(loaded, config.rotation_spec, tokenizer)
-        found = wina.calibrate(loaded, tokenizer, config)
+        found = wina.calibrate(loaded, tokenizer, config, documents_of(text))
     else:
         found = wina.SparsityPlan.load(plan)
         give_rotation(loaded, found.rotation, tokenizer)
@@ -246,6 +253,7 @@ def export(
         options |= {"--method": method, "--sparsity": sparsity, "--weight-dtype": weight_dtype}
         options |= {} if head == "dense" else {"--head": head}
         options |= {"--tracking": tracking} if tracking else {}
+        options |= {"--text": text}
     words = [str(w) for pair in options.items() if pair[1] is not None for w in pair]
     command = shlex.join(["wina", "export", output.name, *words, *["--measure"] * measure])
     write(loaded, tokenizer, output, model, command, figures)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wina.errors import WinaError
+
+if TYPE_CHECKING:
+    from wina.config import SparsityConfig
 
 Model = Annotated[
     str,
@@ -26,7 +29,11 @@ def _methods() -> list[str]:
 
 Method = Annotated[
     str,
-    typer.Option(help="Which score decides: wina, teal, was, …", autocompletion=_methods),
+    typer.Option(
+        help="What decides: wina, teal, was, …, all in `wina methods`; with settings of its own "
+        "after slashes: wina-fisher/selector=threshold.",
+        autocompletion=_methods,
+    ),
 ]
 Sparsity = Annotated[float, typer.Option(help="Share of input channels to drop, in [0, 1).")]
 WeightDtype = Annotated[
@@ -201,6 +208,25 @@ def numbers(values: str) -> list[float]:
         return [float(value) for value in names(values)]
     except ValueError as error:
         raise WinaError(f"expected numbers separated by commas: {error}") from None
+
+
+def config_of(method: str, **options: Any) -> SparsityConfig:
+    """The settings of a command.
+
+    Args:
+        method: may have settings of its own, as of :func:`wina.config.settings_of`.
+        **options: fields of :class:`wina.SparsityConfig`; those that are None or as without the
+            option leave the method's.
+    """
+    from wina.config import SparsityConfig, settings_of
+
+    default = SparsityConfig()
+    given = {
+        name: value
+        for name, value in options.items()
+        if value is not None and value != getattr(default, name)
+    }
+    return SparsityConfig.from_dict({**settings_of(method), **given})
 
 
 def documents_of(source: str | None) -> list[str] | None:

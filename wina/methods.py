@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from wina.allocation import ALLOCATIONS
-from wina.corrections import CORRECTIONS
+from wina.corrections import CORRECTIONS, NO_CORRECTION
 from wina.needs import Needs, most
 from wina.refinement import NO_REFINEMENT, REFINEMENTS
 from wina.registry import Registry, create
@@ -47,7 +47,7 @@ class Method:
     source: str
     dense: bool = False
     selector: str = "threshold"
-    correction: str = "none"
+    correction: str = NO_CORRECTION
     refinement: str = NO_REFINEMENT
     rotation: str = NO_ROTATION
     criteria: Mapping[str, str] = field(default_factory=dict)

@@ -6,6 +6,7 @@ one: a file beside this one, ``@CORRECTIONS.register("name")``, and its import b
 
 from wina.corrections.base import (
     CORRECTIONS,
+    NO_CORRECTION,
     Correction,
     Fit,
     Products,
@@ -19,6 +20,7 @@ from wina.corrections.sparse_fit import SparseFit
 
 __all__ = [
     "CORRECTIONS",
+    "NO_CORRECTION",
     "Bias",
     "Correction",
     "Fit",

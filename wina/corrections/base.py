@@ -135,10 +135,11 @@ class Correction(ABC):
         """Begin with a projection; None if there is nothing to fit."""
 
 
+NO_CORRECTION = "none"
 CORRECTIONS: Registry[type[Correction]] = Registry("correction")
 
 
-@CORRECTIONS.register("none")
+@CORRECTIONS.register(NO_CORRECTION)
 class Uncorrected(Correction):
     """Dropped channels are taken as zero."""
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wina.api import sparsify
-from wina.cli_options import give_rotation, load_model, resolve_model
-from wina.config import SparsityConfig
+from wina.cli_options import config_of, give_rotation, load_model, resolve_model
 from wina.decoding.loop import Decoded, decode
 from wina.memory import peak_resident
 from wina.patch import is_patched
@@ -63,8 +62,8 @@ def run(request: Request) -> Decoded:
         plan = (
             SparsityPlan.load(request.plan)
             if request.plan
-            else SparsityConfig(
-                method=request.method,
+            else config_of(
+                request.method,
                 sparsity=request.sparsity,
                 weight_dtype=request.weight_dtype,
                 head=request.head,
