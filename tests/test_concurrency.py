@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import wina
 from wina.kernels import dispatch, ops
+from wina.patch import patch_of
 from wina.testing import random_tokens
 
 PROMPTS = [random_tokens(6 + i, seed=i)[None] for i in range(4)]
@@ -52,6 +55,34 @@ def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param:
         shared = staticmethod(ops.sparse_group)
         monkeypatch.setattr(dispatch.CpuBackend, "sparse_group", shared)
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.5])
+def test_threads_decode_and_generate_with_one_model(
+    llama: nn.Module, sparsity: float | None
+) -> None:
+    if sparsity is not None:
+        wina.sparsify(llama, plan_for(llama, sparsity=sparsity))
+
+    def decode(prompt: Tensor) -> Tensor:
+        return wina.decode(llama, prompt, max_new_tokens=6, eos_token_id=None).tokens
+
+    want = {call: [call(p) for p in PROMPTS] for call in (decode, partial(generate, llama))}
+    got: list[tuple[Any, int, Tensor]] = []
+
+    def work(call: Any, index: int) -> None:
+        got.extend((call, index, call(PROMPTS[index])) for _ in range(4))
+
+    threads = [
+        threading.Thread(target=work, args=(call, i)) for call in want for i in range(len(PROMPTS))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 4 * len(threads)
+    assert all(torch.equal(tokens, want[call][index]) for call, index, tokens in got)
+    assert sparsity is None or patch_of(llama).control.enabled
 
 
 @pytest.mark.usefixtures("sharing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,8 @@ class Control:
     """Switches that all sparse modules of one model read on every call.
 
     Attributes:
-        enabled: False makes every module dense (``with wina.dense(model)``).
+        dense_blocks: how many ``with wina.dense(model)`` are being run; every module is dense then.
+        dense_thread: the thread in which every module is dense, None for no one.
         prefill: which tokens of a multi-token forward are sparse.
         padded: boolean [rows, S] that says it token by token while a padded batch runs
             (:func:`wina.patch.padded_batch`), else None.
@@ -35,13 +37,21 @@ class Control:
     """
 
     def __init__(self, prefill: Prefill, backend: str, tracking: float = 0.0) -> None:
-        self.enabled = True
+        self.dense_blocks = 0
+        self.dense_thread: int | None = None
         self.prefill = prefill
         self.backend = backend
         self.tracking = tracking
         self.padded: Tensor | None = None
         self._whole: int | None = None  # tokens of the decoder's output, until the head has run
         self.observer: Callable[[str, Tensor, Tensor, Tensor | None], None] | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether modules are sparse, in this thread."""
+        if self.dense_blocks:
+            return False
+        return self.dense_thread is None or self.dense_thread != threading.get_ident()
 
     def watch(self, decoder: nn.Module, head: nn.Module) -> list[RemovableHandle]:
         """Tell a head, which may be given a sequence's last hidden states only, how long it was."""

@@ -5,6 +5,7 @@ Knows plans; knows nothing of how they are calibrated.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from wina.quantized_linear import QuantizedSparseLinear
 from wina.sparse_experts import SparseExperts
 
 _ATTRIBUTE = "_wina_patch"
+_COUNTING = threading.Lock()  # of blocks that make a model dense
 
 
 class Layout:
@@ -360,12 +362,24 @@ def dense(model: nn.Module) -> Iterator[nn.Module]:
     a dense baseline. Weights that were rounded stay rounded.
     """
     control = patch_of(model).control
-    before = control.enabled
-    control.enabled = False
+    with _COUNTING:
+        control.dense_blocks += 1
     try:
         yield model
     finally:
-        control.enabled = before
+        with _COUNTING:
+            control.dense_blocks -= 1
+
+
+@contextmanager
+def dense_in_this_thread(model: nn.Module) -> Iterator[nn.Module]:
+    """:func:`dense` for the thread that is in the ``with`` block; one at a time may be."""
+    control = patch_of(model).control
+    control.dense_thread = threading.get_ident()
+    try:
+        yield model
+    finally:
+        control.dense_thread = None
 
 
 @contextmanager

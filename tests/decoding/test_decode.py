@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import wina
 from wina.decoding import Decoder, choose_engine
 from wina.decoding.engines import Trimmed
-from wina.errors import ConfigError
+from wina.decoding.tables import look
+from wina.errors import ConfigError, PatchStateError
 from wina.kernels import cpu
 from wina.linear import SparseLinear
 from wina.testing import random_tokens, tiny_model, tiny_tokenizer
@@ -101,9 +102,9 @@ def test_sparsity_zero_gives_the_tokens_of_generate(llama: nn.Module) -> None:
 
 
 def test_a_layer_that_computes_something_else_is_not_trusted(llama: nn.Module) -> None:
-    layer = llama.model.layers[1]  # type: ignore[union-attr, index]
-    forward = layer.mlp.forward
-    layer.mlp.forward = lambda x: 2 * forward(x)
+    mlp = llama.model.layers[1].mlp  # type: ignore[union-attr, index]
+    usual = type(mlp)
+    mlp.__class__ = type("Twice", (usual,), {"forward": lambda self, x: 2 * usual.forward(self, x)})
     engine = choose_engine(llama)
     assert engine.name == "transformers"
     assert "logits differ" in engine.reason
@@ -111,6 +112,55 @@ def test_a_layer_that_computes_something_else_is_not_trusted(llama: nn.Module) -
         wina.decode(llama, PROMPT, max_new_tokens=5, eos_token_id=None).tokens,
         generated(llama, PROMPT, 5, eos_token_id=None),
     )
+
+
+def test_what_others_put_into_a_model_is_run_and_stays(llama: nn.Module) -> None:
+    layer = llama.model.layers[1]  # type: ignore[union-attr, index]
+    usual, calls = layer.forward, []
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return usual(*args, **kwargs)
+
+    layer.forward = mine
+    found = wina.decode(llama, PROMPT, max_new_tokens=3, eos_token_id=None)
+    assert (found.engine, len(calls)) == ("transformers", 3)
+    assert "forward of model.layers.1 was replaced" in found.reason
+    look(llama, llama.model, 8)
+    assert layer.forward is mine
+    del layer.forward
+    handle = layer.mlp.register_forward_hook(lambda _, __, y: y * 2)
+    found = wina.decode(llama, PROMPT, max_new_tokens=3, eos_token_id=None)
+    assert "model.layers.1.mlp has a forward hook" in found.reason
+    assert torch.equal(found.tokens, generated(llama, PROMPT, 3, eos_token_id=None))
+    handle.remove()
+    assert choose_engine(llama).name == "trimmed"
+
+
+def test_a_decoder_is_for_one_model_and_one_text(llama: nn.Module) -> None:
+    decoder = Decoder(llama)
+    first = decoder.stream(PROMPT, max_new_tokens=4)
+    next(first)
+    decoder.decode(PROMPT, max_new_tokens=2)
+    with pytest.raises(ConfigError, match="another text was begun"):
+        list(first)
+    sparsify(llama, 0.5)
+    with pytest.raises(PatchStateError, match="make another"):
+        decoder.decode(PROMPT, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("prefill", ["all", "last:0.5"])
+def test_padded_prompts_are_sparse_as_each_alone(llama: nn.Module, prefill: str) -> None:
+    sparsify(llama, 0.5, prefill=prefill)
+    alone = random_tokens(9, seed=8)[None]
+    prompt = torch.cat([random_tokens(24, seed=9)[None], torch.zeros(1, 24, dtype=torch.long)])
+    prompt[1, -9:] = alone
+    mask = (torch.arange(24) >= torch.tensor([[0], [15]])).long()
+    engine = Decoder(llama, rows=2).engine
+    got = engine.start(prompt, mask, 30)[1]
+    with torch.no_grad():
+        want = llama(alone).logits[0, -1]
+    assert torch.allclose(got, want, atol=1e-4)
 
 
 def test_a_correction_without_an_instruction_falls_back(llama: nn.Module) -> None:

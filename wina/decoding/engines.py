@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,11 +16,11 @@ from wina.decoding.forms import UnrecognisedError
 from wina.decoding.head import AUTO, head_dtype, rounded_head
 from wina.decoding.tables import look
 from wina.decoding.writer import Program, StateShape, decoder_of, write_program
-from wina.errors import ConfigError
+from wina.errors import ConfigError, PatchStateError
 from wina.kernels import cpu
 from wina.kernels.program import bind
 from wina.kernels.quantization import QuantizedWeight
-from wina.patch import dense, is_patched, patch_of
+from wina.patch import dense_in_this_thread, is_patched, padded_batch, patch_of
 
 # Relative error of logits that two implementations of one model may have.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -27,6 +28,8 @@ _CACHE_STEP = 64
 # Tokens in the cache while an engine is verified: more than a window, so that it shows.
 _VERIFIED_CONTEXT = 20
 _MOST_VERIFIED_CONTEXT = 1100
+# One thread at a time looks at models and verifies an engine; others run them meanwhile.
+_LOOKING = threading.RLock()
 
 
 class Engine(ABC):
@@ -35,10 +38,12 @@ class Engine(ABC):
     Attributes:
         name: ``"trimmed"`` or ``"transformers"``.
         reason: why this engine serves.
+        text: what stands for the text that it is at.
     """
 
     name: str
     reason: str
+    text: object = None
 
     @abstractmethod
     def start(self, input_ids: Tensor, attention_mask: Tensor | None, length: int) -> Tensor:
@@ -73,7 +78,11 @@ class OwnForward(Engine):
         """See :meth:`Engine.start`."""
         self._cache = _new_cache(self.model)
         self._mask = attention_mask
-        return self._forward(input_ids)
+        if attention_mask is None or not is_patched(self.model):
+            return self._forward(input_ids)
+        lengths = attention_mask.sum(1).tolist()
+        with padded_batch(self.model, lengths, input_ids.shape[1], "left"):
+            return self._forward(input_ids)
 
     def step(self, tokens: Tensor) -> Tensor:
         """See :meth:`Engine.step`."""
@@ -129,7 +138,15 @@ class Trimmed(Engine):
         self._control = patch_of(model).control if is_patched(model) else None
 
     def start(self, input_ids: Tensor, attention_mask: Tensor | None, length: int) -> Tensor:
-        """See :meth:`Engine.start`."""
+        """See :meth:`Engine.start`.
+
+        Raises:
+            PatchStateError: the model was patched or restored since the engine was made.
+        """
+        if self._control is not (patch_of(self.model).control if is_patched(self.model) else None):
+            raise PatchStateError(
+                "the model was sparsified or restored since: make another wina.Decoder"
+            )
         self.reserve(length)
         cache = _new_cache(self.model)
         with torch.no_grad():
@@ -163,7 +180,8 @@ class Trimmed(Engine):
         if self._ready is not None and self._ready.length >= length:
             return
         length = -(-length // _CACHE_STEP) * _CACHE_STEP
-        seen = look(self.model, decoder_of(self.model), length)
+        with _LOOKING:
+            seen = look(self.model, decoder_of(self.model), length)
         program = write_program(self.model, seen, self._head)
         like = self.model.get_input_embeddings().weight
         caches = [shape.zeros(length, like) for shape in program.caches]
@@ -218,7 +236,8 @@ class Trimmed(Engine):
         vocabulary = self._ready.program.outputs
         prompt = torch.arange(_VERIFIED_CONTEXT)[None] * 7919 % vocabulary
         token = vocabulary // 2
-        with torch.no_grad(), dense(self.model) if self._control else nullcontext():
+        alone = dense_in_this_thread(self.model) if self._control else nullcontext()
+        with _LOOKING, torch.no_grad(), alone:
             known = _new_cache(self.model)
             self.model(prompt, past_key_values=known, use_cache=True, logits_to_keep=1)
             # Repeated to fill a window: keys and values are as large as a text's.
@@ -285,7 +304,21 @@ def _refusal(model: Any, rows: int) -> str | None:
         return f"no kernel for {model.dtype}"
     if is_patched(model) and patch_of(model).control.observer is not None:
         return "realised sparsity is being measured"
-    return cpu.load()
+    return _hooked(model) or cpu.load()
+
+
+def _hooked(model: Any) -> str | None:
+    """The module that somebody looks at or has changed, in words: a native step passes it by."""
+    ours = {handle.id for handle in patch_of(model).hooks} if is_patched(model) else set()
+    for name, module in model.named_modules():
+        if "forward" in module.__dict__:
+            return f"the forward of {name or 'the model'} was replaced"
+        for number, hook in (*module._forward_hooks.items(), *module._forward_pre_hooks.items()):
+            # transformers' own collect hidden states when they are asked for, which nobody does.
+            theirs = str(getattr(hook, "__module__", "")).startswith("transformers.")
+            if number not in ours and not theirs:
+                return f"{name or 'the model'} has a forward hook"
+    return None
 
 
 def check_length(model: Any, prompt: int, new_tokens: int) -> int:

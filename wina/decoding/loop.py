@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wina.decoding.engines import Engine, check_length, choose_engine
 from wina.decoding.head import AUTO
-from wina.decoding.sampling import choose_token, end_tokens, processors_for
+from wina.decoding.sampling import choose_token, defaults, end_tokens, processors_for
 from wina.errors import ConfigError
 
 
@@ -32,7 +32,7 @@ class Decoded:
 
     Attributes:
         tokens: new token ids [B, n]; a sequence that ended before the others is padded.
-        finish: why each sequence ended: ``"length"``, ``"eos"`` or ``"stop"``.
+        finish: why each sequence ended: ``"length"``, ``"eos"``, ``"stop"`` or ``"time"``.
         engine: name of the engine that served.
         reason: why it was this one.
         first_s: seconds to the first token: the prompt.
@@ -57,8 +57,8 @@ class Decoder:
     """Decodes with one model; :func:`decode` makes one for a single call.
 
     Recognising a model and verifying that costs some tokens' time, so keep the decoder for several
-    prompts. It sees the model as it was: make another after casting, moving, patching or
-    restoring it.
+    prompts, one after another: threads have one each. It sees the model as it was: make another
+    after casting, moving, patching or restoring it.
 
     Attributes:
         engine: what runs a token; its ``name`` and ``reason`` say which and why.
@@ -156,10 +156,15 @@ class _Run:
             raise ConfigError(
                 f"this decoder was made for one sequence: Decoder(model, rows={len(input_ids)})"
             )
-        mask = _needed(attention_mask)
+        if getattr(decoder.model, "generation_config", None) is None:
+            raise ConfigError(
+                f"{type(decoder.model).__name__} has no language-model head: load the model with "
+                "AutoModelForCausalLM"
+            )
+        mask = _needed(attention_mask, input_ids)
         if mask is not None and len(input_ids) == 1:  # alone, a sequence needs no padding
             input_ids, mask = input_ids[:, mask[0].bool()], None
-        self.config = _settled(config or decoder.model.generation_config, settings)
+        self.config = settled(config, decoder.model.generation_config, settings)
         rows, prompt = input_ids.shape
         self.new_tokens = _new_tokens(self.config, prompt)
         length = check_length(decoder.model, prompt, self.new_tokens)
@@ -182,6 +187,7 @@ class _Run:
 
     def __iter__(self) -> Iterator[Tensor]:
         start = time.perf_counter()
+        self.engine.text = self
         logits = self.engine.start(self.ids[:, : self.prompt], self.mask, self.ids.shape[1])
         while True:
             with torch.no_grad():
@@ -203,6 +209,11 @@ class _Run:
             self._note_ends(tokens)
             if self.count == self.ids.shape[1] or len(self.ended) == len(self.ids):
                 return
+            if self.engine.text is not self:
+                raise ConfigError(
+                    "another text was begun with this decoder: make a wina.Decoder for each text "
+                    "that is decoded at the same time"
+                )
             logits = self.engine.step(tokens)
 
     def _note_ends(self, tokens: Tensor) -> None:
@@ -216,6 +227,9 @@ class _Run:
             stopped = self.stop(self.ids[:, : self.count], None)
             for row in stopped.nonzero().flatten().tolist():
                 self.ended.setdefault(row, "stop")
+        if self.config.max_time is not None and self.first_s + self.steps_s > self.config.max_time:
+            for row in range(len(self.ids)):
+                self.ended.setdefault(row, "time")
 
     def decoded(self) -> Decoded:
         return Decoded(
@@ -225,20 +239,37 @@ class _Run:
         )  # fmt: skip
 
 
-def _settled(config: Any, settings: dict[str, Any]) -> Any:
-    """A copy of a GenerationConfig with other settings."""
+def settled(config: Any | None, models: Any, settings: dict[str, Any]) -> Any:
+    """What ``generate`` would go by: a copy of a GenerationConfig, filled up.
+
+    Args:
+        config: the user's, None for none.
+        models: the model's own, for what the user's does not say.
+        settings: fields that come before both.
+
+    Raises:
+        ConfigError: there is no such field.
+    """
     import copy
 
-    settled = copy.deepcopy(config)
-    unknown = [name for name in settings if not hasattr(settled, name)]
+    found = copy.deepcopy(models if config is None else config)
+    unknown = [name for name in settings if name not in vars(found) and name not in defaults()]
     if unknown:
         raise ConfigError(
             f"unknown setting {', '.join(unknown)}: fields of transformers' GenerationConfig are "
             "taken, such as max_new_tokens, do_sample, temperature, top_k, top_p"
         )
     for name, value in settings.items():
-        setattr(settled, name, value)
-    return settled
+        setattr(found, name, value)
+    usual = {**defaults(), "max_length": None}  # nobody means 20 tokens in all
+    for name, value in {**usual, **_said(models)}.items():
+        if getattr(found, name, None) is None:
+            setattr(found, name, value)
+    return found
+
+
+def _said(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(config).items() if value is not None}
 
 
 def _new_tokens(config: Any, prompt: int) -> int:
@@ -253,9 +284,16 @@ def _new_tokens(config: Any, prompt: int) -> int:
     return count
 
 
-def _needed(mask: Tensor | None) -> Tensor | None:
+def _needed(mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
     """A mask that masks something, else None."""
-    return None if mask is None or bool(mask.all()) else mask
+    if mask is None:
+        return None
+    if mask.shape != input_ids.shape or not bool(mask.any(dim=1).all()):
+        raise ConfigError(
+            f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, and a 1 "
+            f"in every row; it is {tuple(mask.shape)}"
+        )
+    return None if bool(mask.all()) else mask
 
 
 def _stop_strings(config: Any, tokenizer: Any | None) -> Any | None:

@@ -24,18 +24,23 @@ _SAMPLING = (
     ("typical_p", "TypicalLogitsWarper", 1.0),
     ("epsilon_cutoff", "EpsilonLogitsWarper", 0.0),
 )
-# Fields that ask for another way of decoding, and the value that does not.
-_REFUSED = (
-    ("num_beams", 1),
-    ("penalty_alpha", None),
-    ("prompt_lookup_num_tokens", None),
-    ("guidance_scale", None),
-    ("sequence_bias", None),
-    ("bad_words_ids", None),
-    ("suppress_tokens", None),
-    ("constraints", None),
-    ("force_words_ids", None),
-    ("num_return_sequences", 1),
+# Fields that no text depends on here: how long it is and why it ends is the loop's, and the rest is
+# of other ways of decoding, or of what `generate` returns.
+_OTHERS = frozenset(
+    (
+        *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time"),
+        *("stop_strings", "do_sample"),
+        *("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id"),
+        *("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty"),
+        *("use_cache", "cache_implementation", "cache_config", "max_cache_len"),
+        *("prefill_chunk_size", "low_memory", "compile_config", "disable_compile"),
+        *("continuous_batching_config", "renormalize_logits", "return_dict_in_generate"),
+        *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+        *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule"),
+        *("assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind"),
+        *("target_lookbehind", "assistant_ensemble_weight", "max_matching_ngram_size"),
+        *("speculation_type", "generation_kwargs", "transformers_version"),
+    )
 )
 
 Processor = Callable[[Tensor, Tensor], Tensor]
@@ -50,31 +55,44 @@ def processors_for(config: Any, prompt: int, device: torch.device) -> list[Proce
         device: of the logits.
 
     Raises:
-        ConfigError: it asks for another way of decoding, such as beams.
+        ConfigError: it asks for another way of decoding, such as beams, or for what makes no sense.
     """
     import transformers
 
-    for field, nothing in _REFUSED:
-        value = getattr(config, field, None)
-        if value not in (None, nothing):
-            raise ConfigError(
-                f"wina.decode does not know {field}={value!r}: use model.generate for it"
-            )
+    known = {field for field, *_ in (*_ALWAYS, *_SAMPLING)} | _OTHERS
+    usual = defaults()
+    for field, value in vars(config).items():
+        if field in known or field.startswith("_") or value in (None, [], usual.get(field)):
+            continue
+        raise ConfigError(f"wina.decode does not know {field}={value!r}: use model.generate for it")
     fields = (*_ALWAYS, *(_SAMPLING if config.do_sample else ()))
-    processors: list[Processor] = [
-        getattr(transformers, name)(value)
-        for field, name, nothing in fields
-        if (value := getattr(config, field, None)) not in (None, nothing)
-    ]
     ends = end_tokens(config)
-    if config.min_new_tokens and ends:
-        processors.insert(
-            0,
-            transformers.MinNewTokensLengthLogitsProcessor(
-                prompt, config.min_new_tokens, ends, device=device
-            ),
-        )
+    try:
+        processors: list[Processor] = [
+            getattr(transformers, name)(*after, least, ends, device=device)
+            for field, name, after in (
+                ("min_length", "MinLengthLogitsProcessor", ()),
+                ("min_new_tokens", "MinNewTokensLengthLogitsProcessor", (prompt,)),
+            )
+            if ends and (least := getattr(config, field, None))
+        ]
+        processors += [
+            getattr(transformers, name)(value)
+            for field, name, nothing in fields
+            if (value := getattr(config, field, None)) not in (None, nothing)
+        ]
+    except ValueError as error:  # a value that makes no sense
+        raise ConfigError(str(error)) from None
     return processors
+
+
+def defaults() -> dict[str, Any]:
+    """Field of a GenerationConfig → what ``generate`` takes where nobody says anything."""
+    from transformers import GenerationConfig
+
+    # Since 5.2 or so a new config is empty, and generate fills it in.
+    filled = getattr(GenerationConfig, "_get_default_generation_params", dict)
+    return {**vars(GenerationConfig()), **filled()}
 
 
 def end_tokens(config: Any) -> list[int]:
@@ -82,7 +100,7 @@ def end_tokens(config: Any) -> list[int]:
     ends = config.eos_token_id
     if ends is None:
         return []
-    return [int(end) for end in ends] if isinstance(ends, Sequence) else [int(ends)]
+    return [int(end) for end in torch.as_tensor(ends).flatten().tolist()]
 
 
 def choose_token(

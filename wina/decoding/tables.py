@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wina.decoding.forms import UnrecognisedError
+from wina.offload import forward_replaced
 
 _CHUNK = 512
 
@@ -32,6 +34,8 @@ class Seen:
 
 def look(model: Any, decoder: Any, length: int) -> Seen:
     """Run a model with its layers taken out and note what they would have been given.
+
+    One thread at a time may look at a model; others may run it meanwhile.
 
     Args:
         model: a causal language model of transformers.
@@ -105,17 +109,23 @@ def _rope_kinds(decoder: nn.Module) -> Iterator[object]:
 
 @contextmanager
 def _recorded(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, Any]]]:
-    """Layers that hand their input on and note (it, ``position_embeddings``)."""
+    """Layers that hand their input on and note (it, ``position_embeddings``).
+
+    They do so in this thread only: another one may be decoding with the same model.
+    """
     calls: list[tuple[Tensor, Any]] = []
+    here = threading.get_ident()
 
-    def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        calls.append((hidden_states, kwargs.get("position_embeddings")))
-        return hidden_states
+    def recorder(usual: Callable[..., Any]) -> Callable[..., Any]:
+        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != here:
+                return usual(hidden_states, *args, **kwargs)
+            calls.append((hidden_states, kwargs.get("position_embeddings")))
+            return hidden_states
 
-    try:
+        return record
+
+    with ExitStack() as stack:
         for layer in layers:
-            layer.forward = record
+            stack.enter_context(forward_replaced(layer, recorder(layer.forward)))
         yield calls
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
