@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 from typer.testing import CliRunner
 
 from wina.catalogue import PARTS
 from wina.cli import app, main
 from wina.cli_options import config_of
 from wina.config import SparsityConfig
-from wina.errors import ConfigError, WinaError
+from wina.decoding import command
+from wina.errors import ConfigError, PlanError, WinaError
 from wina.methods import METHODS
+from wina.patch import is_patched, patch_of
 from wina.plan import SparsityPlan
 from wina.saving import PLAN_FOLDER
 from wina.testing import tiny_model, tiny_tokenizer
@@ -56,10 +59,54 @@ def test_methods() -> None:
 
 def test_a_method_may_have_settings_of_its_own() -> None:
     assert config_of("wina", sparsity=0.4, head=None) == SparsityConfig(method="wina", sparsity=0.4)
-    assert config_of("wina/head=sparse", head="dense").head == "sparse"  # dense is no wish
-    assert config_of("wina/sparsity=0.3", sparsity=0.4).sparsity == 0.4
+    assert config_of("wina/head=sparse", head="dense").head == "sparse"
     with pytest.raises(ConfigError, match="no setting"):
         config_of("wina/nothing=1")
+
+
+def test_generate_does_what_is_asked_for(folder: str, tmp_path: Path) -> None:
+    plan, out = str(tmp_path / "plan"), str(tmp_path / "out")
+    invoke("calibrate", plan, "--model", folder, "--tokens", "512", "--method", "wina")
+    invoke("export", out, "--model", folder, "--plan", plan)
+
+    class Loaded(Exception):
+        """Comes in the place of decoding, with the model."""
+
+    def request_of(*options: str) -> command.Request:
+        made: list[command.Request] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(command, "run", made.append)
+            invoke("generate", "Hello", *options)
+        return made[0]
+
+    def loaded(*options: str) -> nn.Module:
+        def decode(model: nn.Module, *_: Any, **__: Any) -> None:
+            raise Loaded(model)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Loaded) as found:
+            patch.setattr(command, "decode", decode)
+            command.run(request_of(*options))
+        model: nn.Module = found.value.args[0]
+        return model
+
+    assert patch_of(loaded("-m", out)).plan.config.method == "wina"
+    assert not is_patched(loaded("-m", out, "--method", "dense"))
+    rounded = patch_of(loaded("-m", folder, "--method", "dense", "--weight-dtype", "int8")).plan
+    assert (rounded.config.weight_dtype, rounded.config.sparsity) == ("int8", 0.0)
+    with pytest.raises(ConfigError, match="leave out sparsity"):
+        command.run(request_of("-m", out, "--plan", plan, "--sparsity", "0.4"))
+    for wrong in (("--top-p", "2"), ("--temperature", "-1"), ("--repetition-penalty", "-1")):
+        options = ("-m", "/nowhere", "--temperature", "1", *wrong)
+        with pytest.raises(ConfigError):  # before anything is loaded
+            command.run(request_of(*options))
+
+
+def test_a_file_where_a_folder_is_to_be(folder: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for name in ("calibrate", "export"):
+        with pytest.raises(PlanError, match="name a folder"):
+            invoke(name, str(file), "--model", folder)
 
 
 def test_export_calibrates_on_the_text_it_is_given(folder: str, tmp_path: Path) -> None:

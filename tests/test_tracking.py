@@ -184,6 +184,7 @@ def test_a_projection_follows_its_text(llama: nn.Module) -> None:
     with torch.no_grad():
         module(0.0 * x[:, :1])  # a token more of the same sequence, of which nothing is kept
         assert float(module.tracked) == pytest.approx(again - 0.05, abs=1e-6)
+        module.forget()
         module(x)  # a new one
     assert float(module.tracked) == pytest.approx(again)
 
@@ -240,6 +241,48 @@ def test_a_dense_interlude_is_not_counted(llama: nn.Module) -> None:
         engine.step(tokens[0, 25:26])
     engine._position = position
     assert torch.equal(engine.step(tokens[0, 21:22]), want[1])
+
+
+@pytest.mark.parametrize(("prefill", "length"), [("dense", 1), ("all", 3), ("all", 1), ("all", 40)])
+def test_every_text_begins_anew(llama: nn.Module, prefill: str, length: int) -> None:
+    tracked(llama, prefill=prefill, tracking=0.5)
+    tokens = random_tokens(length, seed=2)[None]
+    first, second = (
+        llama.generate(tokens, max_new_tokens=8, do_sample=False, output_logits=True,
+                       return_dict_in_generate=True).logits
+        for _ in range(2)
+    )  # fmt: skip
+    assert torch.equal(torch.stack(first), torch.stack(second))
+
+
+def test_a_prompt_in_parts_goes_on(llama: nn.Module) -> None:
+    tracked(llama, prefill="all", sink_tokens=0)
+    tokens = random_tokens(48).view(1, 48)
+    with torch.no_grad():
+        whole = llama(tokens).logits
+        first = llama(tokens[:, :32], use_cache=True)
+        rest = llama(tokens[:, 32:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(torch.cat([first.logits, rest], 1), whole, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_padded_rows_are_followed_as_each_alone(
+    llama: nn.Module, selector: str, padding: str
+) -> None:
+    tracked(llama, prefill="all", selector=selector)
+    rows, size = [random_tokens(length, seed=length) for length in (17, 40, 48)], 48
+    ids, mask = torch.zeros(2, 3, size, dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        where = slice(size - len(tokens), size) if padding == "left" else slice(len(tokens))
+        ids[row, where], mask[row, where] = tokens, 1
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        with padded_batch(llama, [len(tokens) for tokens in rows], size, padding):
+            together = llama(ids, attention_mask=mask, position_ids=positions).logits
+        for row, tokens in enumerate(rows):
+            alone = llama(tokens[None]).logits[0]
+            torch.testing.assert_close(together[row, mask[row] > 0], alone, rtol=1e-3, atol=1e-4)
 
 
 def test_rows_of_a_batch_are_followed_on_their_own(llama: nn.Module) -> None:

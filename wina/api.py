@@ -11,7 +11,7 @@ from wina.allocation import Measurements
 from wina.calibration import calibrate
 from wina.config import SparsityConfig
 from wina.errors import ConfigError
-from wina.patch import apply_plan
+from wina.patch import apply_plan, check_use
 from wina.plan import SparsityPlan
 from wina.saving import saves_with_plan
 
@@ -60,6 +60,7 @@ def sparsify(
     if plan is None:
         plan = SparsityConfig.from_dict(settings)
     if isinstance(plan, SparsityConfig):
+        check_use(model, plan, prefill, backend)  # before the minutes, not after
         plan = calibrate(model, tokenizer, plan, texts, show_progress, measurements)
     elif not isinstance(plan, SparsityPlan):
         raise ConfigError(

@@ -35,6 +35,7 @@ from wina.plan import (
 from wina.planes import in_planes
 from wina.projections import (
     Projection,
+    check_mode,
     dense_modules,
     find_experts,
     find_head,
@@ -91,10 +92,27 @@ def calibrate(
         PatchStateError: the model is sparsified already, or not rotated as the method wants it.
     """
     config = config or SparsityConfig()
+    # Whatever the caller's surroundings are: gradients are taken here, in the model's own dtype.
+    device = next(model.parameters()).device.type
+    with torch.inference_mode(False), torch.autocast(device, enabled=False):
+        return _calibrate(model, tokenizer, config, texts, show_progress, measurements, offloaded)
+
+
+def _calibrate(
+    model: nn.Module,
+    tokenizer: Any | None,
+    config: SparsityConfig,
+    texts: Iterable[str] | Iterable[Tensor] | Tensor | None,
+    show_progress: bool,
+    measurements: Measurements | None,
+    offloaded: bool,
+) -> SparsityPlan:
+    """See :func:`calibrate`."""
     if hasattr(model, "_wina_patch"):
         raise PatchStateError(
             "the model is sparsified: call wina.restore(model) before calibrating"
         )
+    check_mode(model)
     if next(model.parameters()).device.type == "cpu":
         cpu.load()  # what is counted and masked is one pass then
     check_rotation(model, config.rotation_spec)
@@ -110,6 +128,7 @@ def calibrate(
         config.window,
         max(config.calibration_tokens, refinement.text),
     )
+    _check_tokens(model, text)
     windows = evenly(text, config.calibration_tokens)
     if windows.shape[1] <= config.sink_tokens + 1:
         raise CalibrationError(f"the text is too short: {windows.numel()} tokens")
@@ -309,6 +328,23 @@ def measurements_in(
         weights.update(weight_sample(weight).numpy().tobytes())
     text = "bundled" if texts is None else digest(list(texts))
     return Measurements(reach, folder, {"model": weights.hexdigest(), "text": text}, large=True)
+
+
+def _check_tokens(model: nn.Module, text: Tensor) -> None:
+    """Raise for token ids of another tokenizer, and for windows that the model cannot see."""
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    known = int(getattr(embedding, "num_embeddings", 0) or 1 << 62)
+    if text.numel() and not 0 <= int(text.min()) <= int(text.max()) < known:
+        raise CalibrationError(
+            f"token ids from {int(text.min())} to {int(text.max())}, and the model knows 0 to "
+            f"{known - 1}: is this its tokenizer?"
+        )
+    config: Any = model.config
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and text.shape[1] > most:
+        raise CalibrationError(
+            f"windows of {text.shape[1]} tokens, and the model sees {most}: pass window={most}"
+        )
 
 
 def _check_offloaded(model: nn.Module, config: SparsityConfig) -> None:

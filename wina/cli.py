@@ -186,7 +186,9 @@ def calibrate(
     """
     import wina
     from wina.calibration import measurements_in
+    from wina.plan_file import check_folder
 
+    check_folder(output)
     config = config_of(
         method, sparsity=sparsity, selector=selector, mask=mask, calibration_tokens=tokens,
         weight_dtype=weight_dtype, rounding=rounding, head=head, tracking=tracking,
@@ -234,7 +236,9 @@ def export(
     import wina
     from wina.export import export as write
     from wina.export import measure as measured_figures
+    from wina.plan_file import check_folder
 
+    check_folder(output)
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     if plan is None:
         config = config_of(
@@ -342,9 +346,19 @@ def inspect(
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     model: Model = "demo",
-    plan: Annotated[Path | None, typer.Option(help="Plan folder; default: calibrate now.")] = None,
-    method: Method = "wina-fisher",
-    sparsity: Sparsity = 0.5,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            help="Plan folder; default: that in the model's folder, unless a method, a sparsity, a "
+            "width, a head or a tracking is given; else calibrate now."
+        ),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="As of wina calibrate; default: wina-fisher.")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of input channels to drop; default: 0.5.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write, at most.")] = 64,
     temperature: Annotated[
         float, typer.Option(help="0 takes the likeliest token; 1 samples as the model says.")
@@ -364,26 +378,32 @@ def generate(
     json_output: Json = False,
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
-    head: Head = "dense",
-    tracking: Tracking = 0.0,
+    head: Annotated[
+        str | None, typer.Option(help="sparse or dense, as of wina calibrate; default: dense.")
+    ] = None,
+    tracking: Annotated[
+        float | None, typer.Option(help="As of wina calibrate; default: 0.")
+    ] = None,
     head_dtype: HeadDtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """Continue a prompt, dense (`--method dense`) or sparse, as fast as this machine can.
 
-    A folder of `wina export` brings its plan along. bfloat16 reads half of float32's bytes,
-    `--weight-dtype int8` a quarter, and sparsity takes its share of either. Speed, the engine that
-    served and why, and memory are told on stderr.
+    A folder of `wina export` brings its plan along; it serves unless you ask for something else.
+    bfloat16 reads half of float32's bytes, `--weight-dtype int8` a quarter, and sparsity takes its
+    share of either. Speed, the engine that served and why, and memory are told on stderr.
     """
     from wina.decoding.command import Request, run
 
+    asked = {
+        "sparsity": sparsity, "weight_dtype": weight_dtype, "head": head, "tracking": tracking
+    }  # fmt: skip
     request = Request(
-        prompt, model, plan, method, sparsity, dtype, weight_dtype, head, tracking, head_dtype,
-        trust_remote_code,
+        prompt, model, plan, method, asked, dtype, head_dtype, trust_remote_code,
         stream and not json_output, json_output, seed,
         {
             "max_new_tokens": max_new_tokens,
-            "do_sample": temperature > 0,
+            "do_sample": temperature != 0,
             **({"temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {}),
             "repetition_penalty": repetition_penalty,
             "stop_strings": stop or None,

@@ -214,19 +214,13 @@ def config_of(method: str, **options: Any) -> SparsityConfig:
     """The settings of a command.
 
     Args:
-        method: may have settings of its own, as of :func:`wina.config.settings_of`.
-        **options: fields of :class:`wina.SparsityConfig`; those that are None or as without the
-            option leave the method's.
+        method: may have settings of its own, as of :func:`wina.config.settings_of`; they win.
+        **options: fields of :class:`wina.SparsityConfig`, None for what is not said.
     """
-    from wina.config import SparsityConfig, settings_of
+    from wina.config import SparsityConfig
 
-    default = SparsityConfig()
-    given = {
-        name: value
-        for name, value in options.items()
-        if value is not None and value != getattr(default, name)
-    }
-    return SparsityConfig.from_dict({**settings_of(method), **given})
+    given = {name: value for name, value in options.items() if value is not None}
+    return SparsityConfig.from_label(method, **given)
 
 
 def documents_of(source: str | None) -> list[str] | None:

@@ -26,6 +26,9 @@ HEADS = ("dense", "sparse")
 _LATER = (("head", "dense"), ("tracking", 0.0))
 
 
+USUAL_METHOD = "wina-fisher"
+
+
 @dataclass(frozen=True)
 class SparsityConfig:
     """Settings of a sparsification. Every field is checked when the object is made.
@@ -66,7 +69,7 @@ class SparsityConfig:
             ``"none"``, which asks for nothing.
     """
 
-    method: str = "wina-fisher"
+    method: str = USUAL_METHOD
     sparsity: float = 0.5
     criterion: str | None = None
     selector: str | None = None
@@ -87,6 +90,11 @@ class SparsityConfig:
     tracking: float = 0.0
 
     def __post_init__(self) -> None:
+        for known in fields(self):
+            value, default = getattr(self, known.name), known.default
+            words = (str, type(None)) if default is None else (str,)
+            if isinstance(default, str | None) and not isinstance(value, words):
+                raise ConfigError(f"setting {known.name!r} has the wrong type: {value!r}")
         method = METHODS[self.method]
         _check_number("sparsity", self.sparsity)
         if not 0.0 <= self.sparsity < 1.0:

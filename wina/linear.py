@@ -32,6 +32,7 @@ class Control:
             (:func:`wina.patch.padded_batch`), else None.
         tracking: rate at which cut-offs follow the text, see
             :func:`wina.kernels.reference.tracked_scale`; 0 where they stay.
+        followers: modules whose cut-offs follow the text.
         observer: called with (projection name, x, threshold, scale) of every sparse product;
             set while realised sparsity is measured, None otherwise.
     """
@@ -42,6 +43,7 @@ class Control:
         self.prefill = prefill
         self.backend = backend
         self.tracking = tracking
+        self.followers: list[SparseLinear] = []
         self.padded: Tensor | None = None
         self._whole: int | None = None  # tokens of the decoder's output, until the head has run
         self.observer: Callable[[str, Tensor, Tensor, Tensor | None], None] | None = None
@@ -60,6 +62,16 @@ class Control:
             head.register_forward_hook(self._forget),
             decoder.register_forward_pre_hook(self._forget),
         ]
+
+    def follow(self, decoder: nn.Module) -> RemovableHandle:
+        """Let cut-offs begin anew with every text: where the decoder's cache is empty."""
+        return decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
+
+    def _begin(self, _: nn.Module, __: Any, named: dict[str, Any]) -> None:
+        cache = named.get("past_key_values")
+        if cache is None or not cache.get_seq_length():
+            for module in self.followers:
+                module.forget()
 
     def _note(self, _: nn.Module, __: Any, output: Any) -> None:
         self._whole = sequence_length(output[0])
@@ -157,6 +169,8 @@ class SparseLinear(nn.Linear):
             moved = None if values is None else values.to(self.storage.device, torch.float32)
             self.register_buffer(held, moved, persistent=False)
         self._hold_terms(terms or Terms())
+        if tracked is not None:
+            control.followers.append(self)
         self.choice = choose(self._layer(), control.backend)
         self.group: ProjectionGroup | None = None
 
@@ -221,6 +235,7 @@ class SparseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [..., S, K] → [..., S, N]; a sequence of one token is a decode step."""
+        x = self._as_stored(x)
         start = self.control.first_sparse(x)
         padded = self.control.sparse_tokens(x)
         if self._needs_gradient(x):
@@ -235,8 +250,6 @@ class SparseLinear(nn.Linear):
         if start == 0:
             return self._sparse_with_group(x)
         if start >= sequence_length(x):
-            if self.tracked is not None:
-                self._state(x)
             return self._dense(x)
         if not self.choice.backend.k_major:  # it multiplies densely anyway: one product, not two
             masked = self.masked(x, start)
@@ -250,29 +263,44 @@ class SparseLinear(nn.Linear):
         The selector's; where cut-offs follow the text, that of the sequence as well.
 
         Args:
-            x: one token of each sequence goes on where the last call ended, several begin anew.
-            counted: boolean [..., S], False for padding; None for all tokens.
+            x: tokens that follow those of the last call, or that begin a text (:meth:`forget`).
+            counted: boolean [..., S], False for tokens that stay dense, such as padding; None for
+                all tokens.
         """
         scale = self.selector.scale(x, self.threshold, self.sparsity, self.probe)
         if self.tracked is None:
             return scale
-        state = self._state(x)
-        rate = self.control.tracking
+        x, state = x.detach(), self._state(x)
         with torch.no_grad():
-            return ops.tracked_scale(
-                x.detach(), self.threshold, state, self.sparsity, rate, scale, counted
-            )
+            if counted is None:
+                return self._tracked_scale(x, state, scale)
+            # Row by row, without what does not count: each is followed as it would be alone.
+            found = x.new_ones(x.shape[:-1], dtype=torch.float32)
+            rows = (x.flatten(0, -3), counted.flatten(0, -2), found.flatten(0, -2))
+            own = None if scale is None else scale.flatten(0, -2)
+            for row, (tokens, where, into) in enumerate(zip(*rows, strict=True)):
+                of_row = None if own is None else own[row][where]
+                into[where] = self._tracked_scale(tokens[where], state[row : row + 1], of_row)
+            return found
+
+    def _tracked_scale(self, x: Tensor, state: Tensor, scale: Tensor | None) -> Tensor:
+        return ops.tracked_scale(
+            x, self.threshold, state, self.sparsity, self.control.tracking, scale
+        )
+
+    def forget(self) -> None:
+        """What follows is another text."""
+        if self.tracked is not None:
+            self.tracked.zero_()
 
     def _state(self, x: Tensor) -> Tensor:
-        """What is known of the sequences of x [..., S, K]; nothing where they begin."""
+        """What is known of the sequences of x [..., S, K]; nothing where there were others."""
         assert self.tracked is not None
         sequences = x.shape[:-2].numel() if x.dim() > 1 else 1
         if len(self.tracked) != sequences:
             # Not a tensor of inference mode, which could not be written to outside of it.
             with torch.inference_mode(False):
                 self.tracked = self.tracked.new_zeros(sequences)
-        elif sequence_length(x) > 1:
-            self.tracked.zero_()
         return self.tracked
 
     def masked(self, x: Tensor, start: int) -> Tensor:
@@ -353,6 +381,7 @@ class SparseLinear(nn.Linear):
 
     def gate_up(self, up: SparseLinear, x: Tensor, activation: str) -> Tensor:
         """activation(sparse product of this)·(sparse product of ``up``), in one launch."""
+        x = self._as_stored(x)
         return self.choice.backend.sparse_gate_up(
             x, self.weight.t(), up.weight.t(), self.threshold, up.threshold, activation,
             self.product_bias, up.product_bias, *scales((self, up), x),
@@ -366,6 +395,13 @@ class SparseLinear(nn.Linear):
         if self.control.observer is not None:
             self.control.observer(self.name, x, self.threshold, scale)
         return scale
+
+    def _as_stored(self, x: Tensor) -> Tensor:
+        """x in the dtype of the weight: under autocast it comes in another one."""
+        dtype = self.storage.dtype
+        if x.dtype != dtype and torch.is_autocast_enabled(x.device.type):
+            return x.to(dtype)
+        return x
 
     def _needs_gradient(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or self.storage.requires_grad)
@@ -381,6 +417,12 @@ class SparseLinear(nn.Linear):
         if self.group is not None:
             self.group.settle()
         return self
+
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
+        super()._load_from_state_dict(*arguments, **named)  # type: ignore[no-untyped-call]
+        weight = self._parameters.get("weight")  # it may be another one, row-major
+        if weight is not None and self.choice.backend.k_major and not weight.t().is_contiguous():
+            weight.data = weight.data.t().contiguous().t()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -95,6 +95,13 @@ class SparseGatedMLP(nn.Module):
         self.gate_mask = gate_mask
         self.train(original.training)
 
+    @property
+    def _watched(self) -> bool:
+        """Whether somebody's hook is on a module that one launch would pass by."""
+        form = self.gated.form
+        skipped = (self._modules[name] for name in (form.gate, form.up, form.activation))
+        return any(m._forward_hooks or m._forward_pre_hooks for m in skipped if m is not None)
+
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [..., S, K] → [..., S, K]."""
         form = self.gated.form
@@ -107,7 +114,12 @@ class SparseGatedMLP(nn.Module):
             activated = ACTIVATIONS[self.gated.activation](gate(x))
             chosen: Tensor = down.dense(down.chosen(activated) * up.dense(x))
             return chosen
-        if isinstance(gate, SparseLinear) and isinstance(up, SparseLinear) and _fuses(gate, up, x):
+        if (
+            isinstance(gate, SparseLinear)
+            and isinstance(up, SparseLinear)
+            and not self._watched
+            and _fuses(gate, up, x)
+        ):
             h = gate.gate_up(up, x, self.gated.activation)
         else:  # an adapter may have been wrapped around them
             h = ACTIVATIONS[self.gated.activation](gate(x)) * up(x)

@@ -6,18 +6,26 @@ Knows plans; knows nothing of how they are calibrated.
 from __future__ import annotations
 
 import threading
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from wina.errors import ConfigError, PatchStateError, PlanError, UnsupportedModelError
+from wina.config import SparsityConfig
+from wina.errors import (
+    ConfigError,
+    PatchStateError,
+    PlanError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
 from wina.experts import ROLES, recognise_experts
 from wina.group import ProjectionGroup
+from wina.kernels.dispatch import backends
 from wina.linear import Control, SparseLinear
 from wina.methods import METHODS
 from wina.mlp import SparseGatedMLP, recognise_gated_mlp
@@ -26,6 +34,7 @@ from wina.prefill import Prefill
 from wina.progress import progress
 from wina.projections import (
     architecture_of,
+    check_mode,
     decoder_of,
     group_members,
     head_name,
@@ -36,6 +45,14 @@ from wina.sparse_experts import SparseExperts
 
 _ATTRIBUTE = "_wina_patch"
 _COUNTING = threading.Lock()  # of blocks that make a model dense
+
+
+# Where torch keeps what others have registered on a module.
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
 
 
 class Layout:
@@ -84,6 +101,9 @@ def _memory(parameter: nn.Parameter) -> Tensor:
     return parameter.data.as_strided((parameter.numel(),), (1,))
 
 
+Place = tuple[nn.Module, str]  # a parent, and the name of its child
+
+
 class Replaced(NamedTuple):
     """``original`` was the child ``name`` of ``parent``, where ``new`` stands now."""
 
@@ -92,27 +112,29 @@ class Replaced(NamedTuple):
     original: nn.Module
     new: nn.Module
 
-    def undo(self) -> None:
-        """Put the original back, in whatever was wrapped around the new module since."""
+    def undo(self, places: Mapping[nn.Module, Sequence[Place]]) -> None:
+        """Put the original back, where the new module was put and where it has come to since.
+
+        Args:
+            places: of all modules of the model: something may have been wrapped around the new
+                module, or taken away that was around it.
+        """
         self.original.train(self.new.training)
         if isinstance(
             self.new, SparseGatedMLP
         ):  # adapters may have been wrapped around its children
             self.original._modules.update(self.new._modules)
-        if self.parent._modules[self.name] is self.new:
-            self.parent._modules[self.name] = self.original
-            return
-        for wrapper in self.parent._modules[self.name].modules():  # type: ignore[union-attr]
-            for name, child in wrapper._modules.items():
-                if child is self.new:
-                    wrapper._modules[name] = self.original
+        for parent, name in ((self.parent, self.name), *places.get(self.new, ())):
+            if parent._modules.get(name) is self.new:
+                parent._modules[name] = self.original
 
 
 @dataclass
 class Patch:
     """What was done to a model, in the order in which it was done.
 
-    ``attributes`` are names that were set on the model itself, hiding those of its class; ``tied``
+    ``attributes`` were set on the model itself, hiding those of its class: name → what stood there
+    before, None for nothing; ``tied``
     are weights, by the projection's name, that stay in the model as its embedding.
     """
 
@@ -121,7 +143,7 @@ class Patch:
     replaced: list[Replaced] = field(default_factory=list)
     transposed: list[nn.Parameter] = field(default_factory=list)
     layout: Layout = field(default_factory=Layout)
-    attributes: list[str] = field(default_factory=list)
+    attributes: dict[str, Any] = field(default_factory=dict)
     hooks: list[RemovableHandle] = field(default_factory=list)
     tied: dict[str, nn.Parameter] = field(default_factory=dict)
     dropped: bool = False
@@ -131,15 +153,27 @@ class Patch:
         self.dropped = True
         self.replaced.clear()
 
-    def undo(self) -> None:
-        """Put the original modules and weight layouts back, last change first.
+    def undo(self, model: nn.Module) -> None:
+        """Put the original modules and weight layouts back into a model, last change first.
 
         Can be interrupted and called again.
         """
         while self.hooks:
             self.hooks.pop().remove()
+        for replaced in self.replaced:  # another weight may have been assigned
+            original, new = replaced.original, replaced.new
+            if type(new) is SparseLinear and new.name not in self.tied:
+                assert isinstance(original, nn.Linear)
+                if new.weight is not original.weight:
+                    self.transposed.append(new.weight)
+                original.weight, original.bias = new.weight, new.bias
+        places: dict[nn.Module, list[Place]] = {}
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                if child is not None:
+                    places.setdefault(child, []).append((parent, name))
         while self.replaced:
-            self.replaced[-1].undo()
+            self.replaced[-1].undo(places)
             self.replaced.pop()
         self.layout.recover()
         while self.transposed:
@@ -149,15 +183,22 @@ class Patch:
 
 def patch_of(model: nn.Module) -> Patch:
     """The patch of a sparsified model; a dense model raises :class:`PatchStateError`."""
-    patch = model.__dict__.get(_ATTRIBUTE)
+    patch = None if (owner := _owner(model)) is None else owner.__dict__[_ATTRIBUTE]
     if not isinstance(patch, Patch):
         raise PatchStateError("the model is dense: wina.sparsify(model, ...) has not been called")
     return patch
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether the model is sparsified."""
-    return _ATTRIBUTE in model.__dict__
+    """Whether the model, or the one that it is wrapped around, is sparsified."""
+    return _owner(model) is not None
+
+
+def _owner(model: nn.Module) -> nn.Module | None:
+    """The model that was sparsified: this one, or one inside of it (of PEFT, of a compiled one)."""
+    if _ATTRIBUTE in model.__dict__:
+        return model
+    return next((m for m in model.modules() if _ATTRIBUTE in m.__dict__), None)
 
 
 def apply_plan(
@@ -206,16 +247,7 @@ def apply_plan(
     _check_weights(model, plan, tied)
     config = plan.config
     gate_mask = METHODS[config.method].gate_mask
-    if gate_mask and backend != "reference":
-        raise ConfigError(
-            f"method {config.method!r} skips rows of up, for which there is no kernel: pass "
-            "backend='reference' to evaluate it"
-        )
-    protocol = (
-        config.make_prefill()
-        if prefill is None
-        else type(config).from_dict({**config.to_dict(), "prefill": prefill}).make_prefill()
-    )
+    protocol = check_use(model, config, prefill, backend)
     patch = Patch(plan, Control(protocol, backend, config.tracking))
     rounding = config.make_rounding()
     rounds = rounding is not None
@@ -260,6 +292,8 @@ def apply_plan(
                 advance()
         for name in plan.expert_modules:
             _replace_experts(patch, model, name)
+        if patch.control.followers:
+            patch.hooks.append(patch.control.follow(decoder_of(model)))
         if config.head == "sparse":
             head = model.get_output_embeddings()  # type: ignore[operator]
             patch.hooks += patch.control.watch(decoder_of(model), head)
@@ -277,6 +311,33 @@ def apply_plan(
     # Not before all is done: an interrupted patch gives the model back as it was.
     if rounds and not keep_original:
         patch.drop_originals()
+
+
+def check_use(
+    model: nn.Module, config: SparsityConfig, prefill: str | None, backend: str
+) -> Prefill:
+    """How prompts are to be read, for what else is asked of a patch.
+
+    Raises:
+        ConfigError: the protocol or the backend makes no sense for this model and method.
+        UnsupportedModelError: its weights cannot be written to.
+    """
+    check_mode(model)
+    if METHODS[config.method].gate_mask and backend != "reference":
+        raise ConfigError(
+            f"method {config.method!r} skips rows of up, for which there is no kernel: pass "
+            "backend='reference' to evaluate it"
+        )
+    if backend not in ("auto", *backends()):
+        known = ", ".join(("auto", *backends()))
+        raise UnknownNameError(f"unknown backend {backend!r}. Known: {known}.")
+    device = next(model.parameters()).device.type
+    serves = "auto" if backend == "auto" else backends()[backend].device
+    if serves not in ("auto", None, device):
+        raise ConfigError(f"backend {backend!r} is for {serves}, and the model is on {device}")
+    if prefill is None:
+        return config.make_prefill()
+    return replace(config, prefill=prefill).make_prefill()
 
 
 def _form_groups(model: nn.Module, plan: SparsityPlan, fused: Container[str]) -> None:
@@ -333,6 +394,8 @@ def _replace(
     patch: Patch, parent: nn.Module, name: str, original: nn.Module, new: nn.Module
 ) -> None:
     patch.replaced.append(Replaced(parent, name, original, new))
+    for hooks in _HOOKS:  # the very tables: a handle of before removes its hook
+        setattr(new, hooks, getattr(original, hooks))
     parent._modules[name] = new
 
 
@@ -347,11 +410,15 @@ def restore(model: nn.Module) -> None:
             "the original weights were not kept when they were rounded: load the model again, or "
             "pass keep_original=True to wina.sparsify before wina.restore"
         )
-    patch = patch_of(model)
-    patch.undo()
-    for name in patch.attributes:
-        model.__dict__.pop(name, None)
-    del model.__dict__[_ATTRIBUTE]
+    owner = _owner(model)
+    assert owner is not None
+    patch = patch_of(owner)
+    patch.undo(model)
+    for name, before in patch.attributes.items():
+        owner.__dict__.pop(name, None)
+        if before is not None:
+            owner.__dict__[name] = before
+    del owner.__dict__[_ATTRIBUTE]
 
 
 @contextmanager

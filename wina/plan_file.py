@@ -38,8 +38,15 @@ TENSOR_FILE = "plan.safetensors"
 _EXPERT_TENSORS = ("cutoff", "threshold", "tokens", "sample")
 
 
+def check_folder(path: Path) -> None:
+    """Raise :class:`PlanError` where no folder can be made."""
+    if path.exists() and not path.is_dir():
+        raise PlanError(f"{path} is a file: name a folder for the plan")
+
+
 def write(plan: SparsityPlan, path: Path) -> Path:
     """Make the folder ``path`` the plan's; what it held is replaced at once, or not at all."""
+    check_folder(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, layer in plan.layers.items():

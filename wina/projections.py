@@ -139,6 +139,15 @@ class DenseModule:
     weights: int
 
 
+def check_mode(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedModelError` for a model whose weights cannot be written to."""
+    if next(model.parameters()).is_inference():
+        raise UnsupportedModelError(
+            "the model was made in torch.inference_mode, where weights cannot be laid out anew nor "
+            "gradients be taken: load it outside of it"
+        )
+
+
 def find_projections(model: nn.Module, offloaded: bool = False) -> list[Projection]:
     """All projections of the decoder blocks, in the order in which a token passes them.
 

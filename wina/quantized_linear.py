@@ -6,15 +6,38 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from wina.corrections import Terms
+from wina.errors import PatchStateError
 from wina.group import scales
 from wina.kernels.dispatch import Choice, LayerSpec, choose
 from wina.kernels.quantization import QuantizedWeight, WeightDtype
 from wina.linear import Control, SparseLinear
 from wina.planes import repeated, summed
 from wina.selectors import Selector
+
+
+class ComputedWeight(Tensor):
+    """A weight that is computed when it is asked for: what is written to it would be lost.
+
+    Adapters are merged by setting ``data``, which says so.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """The values."""
+        return self.as_subclass(Tensor).detach()
+
+    @data.setter
+    def data(self, _: Tensor) -> None:
+        raise PatchStateError(
+            "this weight is kept in integers, and what is merged into it would be lost: merge the "
+            "adapter first (or wina.restore the model), then round"
+        )
 
 
 class QuantizedSparseLinear(SparseLinear):
@@ -69,7 +92,8 @@ class QuantizedSparseLinear(SparseLinear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The rounded weight [N, K], computed anew."""
-        return summed(self.quantized.dequantize().t(), self.planes).to(self.like.dtype)
+        values = summed(self.quantized.dequantize().t(), self.planes).to(self.like.dtype)
+        return values.as_subclass(ComputedWeight)
 
     @property
     def matrix(self) -> Tensor:
@@ -94,7 +118,7 @@ class QuantizedSparseLinear(SparseLinear):
     def gate_up(self, up: SparseLinear, x: Tensor, activation: str) -> Tensor:
         """As for float weights; both are rounded to the same width."""
         assert isinstance(up, QuantizedSparseLinear)
-        x = repeated(x, self.planes)
+        x = repeated(self._as_stored(x), self.planes)
         return self.choice.backend.sparse_gate_up_quantized(
             x, self.packed, self.scales, up.packed, up.scales, self.out_features, self.bits,
             self.threshold, up.threshold, activation, self.product_bias, up.product_bias,

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from wina.errors import PatchStateError
 from wina.patch import Patch, patch_of
@@ -35,8 +36,8 @@ QUANT_METHOD = "wina"
 
 def saves_with_plan(model: nn.Module) -> None:
     """Let ``model.save_pretrained`` write the plan as well, until the model is restored."""
-    if hasattr(model, "save_pretrained"):
-        patch_of(model).attributes.append("save_pretrained")
+    if isinstance(model, PreTrainedModel):  # PEFT's model around one saves its adapters
+        patch_of(model).attributes["save_pretrained"] = model.__dict__.get("save_pretrained")
         # A partial, since a bound method would be pickled by a name that the model does not have.
         model.__dict__["save_pretrained"] = partial(_save_pretrained, model)
 
@@ -63,7 +64,10 @@ def _save_pretrained(
     """
     usual = type(self).save_pretrained
     if getattr(self, "_hf_peft_config_loaded", False):
-        usual(self, save_directory, is_main_process, state_dict, push_to_hub, **settings)
+        usual(
+            self, save_directory, is_main_process=is_main_process, state_dict=state_dict,
+            push_to_hub=push_to_hub, **settings,
+        )  # fmt: skip
         return
     patch = patch_of(self)
     if patch.plan.rotation != NO_ROTATION:
@@ -77,7 +81,10 @@ def _save_pretrained(
     if free:
         self.config.quantization_config = quantization_config(patch.plan)
     try:
-        usual(self, save_directory, is_main_process, dict(weights), **settings)
+        usual(
+            self, save_directory, is_main_process=is_main_process, state_dict=dict(weights),
+            **settings,
+        )  # fmt: skip
     finally:
         if free:
             del self.config.quantization_config

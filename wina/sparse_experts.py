@@ -66,6 +66,8 @@ class SparseExperts(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
         """Hidden states [T, K], expert ids and routing weights [T, k] → [T, K]."""
+        if torch.is_autocast_enabled(x.device.type):  # kernels want x in the dtype of the weights
+            x = x.to(next(self.parameters()).dtype)
         batch, length = self.rows or (1, len(x))
         flat = x.view(batch, length, x.shape[-1]) if batch * length == len(x) else x[None]
         start = self.control.first_sparse(flat)

@@ -38,7 +38,7 @@ class Terms:
         """What is added for tokens with these dropped channels [..., K]: [..., N], [N] or 0."""
         added: Tensor | float = 0.0 if self.bias is None else self.bias
         if self.left is not None and self.right is not None:
-            added = added + F.linear(F.linear(dropped, self.right), self.left)
+            added = added + F.linear(F.linear(dropped.to(self.right), self.right), self.left)
         return added
 
     @property

@@ -10,9 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from wina.api import sparsify
 from wina.cli_options import config_of, give_rotation, load_model, resolve_model
-from wina.decoding.loop import Decoded, decode
+from wina.config import USUAL_METHOD
+from wina.decoding.loop import Decoded, decode, settled
+from wina.decoding.sampling import processors_for
+from wina.errors import ConfigError
 from wina.memory import peak_resident
 from wina.patch import is_patched
 from wina.plan import SparsityPlan
@@ -25,6 +30,8 @@ class Request:
     """The options of the command.
 
     Attributes:
+        method: None for the usual one, or for that of the plan in the model's folder.
+        asked: fields of a :class:`SparsityConfig`, None for what is not said.
         as_json: print one JSON document in place of the text.
         settings: fields of a GenerationConfig.
     """
@@ -32,12 +39,9 @@ class Request:
     prompt: str
     model: str
     plan: Path | None
-    method: str
-    sparsity: float
+    method: str | None
+    asked: Mapping[str, Any]
     dtype: str
-    weight_dtype: str | None
-    head: str
-    tracking: float
     head_dtype: str
     trust: bool
     stream: bool
@@ -48,27 +52,32 @@ class Request:
 
 def run(request: Request) -> Decoded:
     """Load, sparsify, decode; the text goes to stdout, everything about it to stderr."""
-    from transformers import TextStreamer
+    from transformers import GenerationConfig, TextStreamer
 
     started = time.perf_counter()
+    # What makes no sense is said before anything is loaded.
+    settings = settled(None, GenerationConfig(), dict(request.settings))
+    processors_for(settings, 1, torch.device("cpu"))
+    asked = {name: value for name, value in request.asked.items() if value is not None}
+    if request.plan is not None and (asked or request.method is not None):
+        given = ", ".join([*asked, *(["method"] if request.method else [])])
+        raise ConfigError(f"a plan says all of it: leave out {given}, or the plan")
+    if request.method == "dense":
+        asked["sparsity"] = 0.0
+    said = request.plan is not None or request.method is not None or bool(asked)
     for warning in thread_warnings():
         print(f"warning: {warning}", file=sys.stderr)
     with progress(f"loading {Path(resolve_model(request.model)).name}", 1) as advance:
         model, tokenizer = load_model(
-            request.model, request.dtype, request.trust, sparse=request.plan is None
+            request.model, request.dtype, request.trust, sparse=not said
         )
         advance()
-    if not is_patched(model) and (request.plan or request.method != "dense"):
+    plain = request.plan is None and request.method == "dense" and "weight_dtype" not in asked
+    if not is_patched(model) and not plain:
         plan = (
             SparsityPlan.load(request.plan)
             if request.plan
-            else config_of(
-                request.method,
-                sparsity=request.sparsity,
-                weight_dtype=request.weight_dtype,
-                head=request.head,
-                tracking=request.tracking,
-            )
+            else config_of(request.method or USUAL_METHOD, **asked)
         )
         rotation = plan.rotation if isinstance(plan, SparsityPlan) else plan.rotation_spec
         give_rotation(model, rotation, tokenizer)

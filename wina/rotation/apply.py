@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,7 +165,16 @@ def rotate(
     if not keep_original:
         done.forget()
     model.__dict__[_ATTRIBUTE] = done
+    if hasattr(model, "save_pretrained"):
+        model.__dict__["save_pretrained"] = partial(_refuse_to_save, method)
     return done
+
+
+def _refuse_to_save(method: str, *_: Any, **__: Any) -> None:
+    raise PatchStateError(
+        f"the model is rotated ({method}), and no other program could read its weights: "
+        "wina.unrotate it first, or save the plan alone (plan.save) and rotate the loaded model"
+    )
 
 
 def unrotate(model: nn.Module) -> None:
@@ -184,6 +194,7 @@ def unrotate(model: nn.Module) -> None:
             "to wina.rotate"
         )
     done.undo(model)
+    model.__dict__.pop("save_pretrained", None)
     del model.__dict__[_ATTRIBUTE]
 
 
