@@ -83,9 +83,10 @@ def test_generate_does_what_is_asked_for(folder: str, tmp_path: Path) -> None:
         def decode(model: nn.Module, *_: Any, **__: Any) -> None:
             raise Loaded(model)
 
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Loaded) as found:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(command, "decode", decode)
-            command.run(request_of(*options))
+            with pytest.raises(Loaded) as found:
+                command.run(request_of(*options))
         model: nn.Module = found.value.args[0]
         return model
 

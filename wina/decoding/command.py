@@ -68,9 +68,7 @@ def run(request: Request) -> Decoded:
     for warning in thread_warnings():
         print(f"warning: {warning}", file=sys.stderr)
     with progress(f"loading {Path(resolve_model(request.model)).name}", 1) as advance:
-        model, tokenizer = load_model(
-            request.model, request.dtype, request.trust, sparse=not said
-        )
+        model, tokenizer = load_model(request.model, request.dtype, request.trust, sparse=not said)
         advance()
     plain = request.plan is None and request.method == "dense" and "weight_dtype" not in asked
     if not is_patched(model) and not plain:
