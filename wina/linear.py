@@ -419,7 +419,7 @@ class SparseLinear(nn.Linear):
         return self
 
     def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
-        super()._load_from_state_dict(*arguments, **named)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*arguments, **named)
         weight = self._parameters.get("weight")  # it may be another one, row-major
         if weight is not None and self.choice.backend.k_major and not weight.t().is_contiguous():
             weight.data = weight.data.t().contiguous().t()

@@ -164,6 +164,7 @@ class Patch:
             original, new = replaced.original, replaced.new
             if type(new) is SparseLinear and new.name not in self.tied:
                 assert isinstance(original, nn.Linear)
+                assert isinstance(new.weight, nn.Parameter)
                 if new.weight is not original.weight:
                     self.transposed.append(new.weight)
                 original.weight, original.bias = new.weight, new.bias

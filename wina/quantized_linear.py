@@ -25,10 +25,10 @@ class ComputedWeight(Tensor):
     Adapters are merged by setting ``data``, which says so.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The values."""
         return self.as_subclass(Tensor).detach()
 
