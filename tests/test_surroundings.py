@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import CALIBRATION, config, decode_logits, logits, plan_for
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import wina
 from wina.errors import (
@@ -20,6 +20,7 @@ from wina.errors import (
     UnsupportedModelError,
     WinaError,
 )
+from wina.inspection import measure_sparsity
 from wina.testing import random_tokens, tiny_model
 
 
@@ -66,6 +67,29 @@ def test_corrections_are_found_in_16_bits(correction: str, dtype: torch.dtype) -
     )
     wina.sparsify(model, plan)
     assert torch.isfinite(logits(model, random_tokens(8)[None])).all()
+
+
+@pytest.mark.parametrize("prefill", ["dense", "all", "last:0.5"])
+def test_batches_whose_tokens_are_flattened_are_as_each_alone(prefill: str) -> None:
+    settings = {
+        "vocab_size": 258, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 64,
+    }  # fmt: skip
+    made = AutoConfig.for_model("opt", **settings)
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(made).eval()
+    plan = wina.calibrate(
+        model, None, config(window=64, prefill=prefill), CALIBRATION, show_progress=False
+    )
+    wina.sparsify(model, plan)
+    assert any("fc1" in name for name in plan.layers)
+    prompts = random_tokens(36, seed=4).view(2, 18)
+    for both in (prompts, prompts.flip(0)):  # the first row's
+        got, alone = decode_logits(model, both), decode_logits(model, both[:1])
+        torch.testing.assert_close(got, alone, rtol=1e-3, atol=1e-4)
+    with measure_sparsity(model) as counter, torch.no_grad():
+        model(prompts[:, :1])
+    assert 0.3 < counter.by_projection["model.decoder.layers.0.fc1"] < 0.7
 
 
 @pytest.mark.parametrize("place", ["mlp", "mlp.gate_proj", "mlp.down_proj", "self_attn.q_proj"])

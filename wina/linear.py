@@ -32,6 +32,7 @@ class Control:
             (:func:`wina.patch.padded_batch`), else None.
         tracking: rate at which cut-offs follow the text, see
             :func:`wina.kernels.reference.tracked_scale`; 0 where they stay.
+        rows: sequences of the decoder's forward that is running, or ran last.
         followers: modules whose cut-offs follow the text.
         observer: called with (projection name, x, threshold, scale) of every sparse product;
             set while realised sparsity is measured, None otherwise.
@@ -43,6 +44,7 @@ class Control:
         self.prefill = prefill
         self.backend = backend
         self.tracking = tracking
+        self.rows = 1
         self.followers: list[SparseLinear] = []
         self.padded: Tensor | None = None
         self._whole: int | None = None  # tokens of the decoder's output, until the head has run
@@ -63,11 +65,16 @@ class Control:
             decoder.register_forward_pre_hook(self._forget),
         ]
 
-    def follow(self, decoder: nn.Module) -> RemovableHandle:
-        """Let cut-offs begin anew with every text: where the decoder's cache is empty."""
-        return decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
+    def enter(self, *modules: nn.Module) -> list[RemovableHandle]:
+        """Note what a model, or the decoder in it, is given; a text begins with an empty cache."""
+        return [m.register_forward_pre_hook(self._begin, with_kwargs=True) for m in modules]
 
-    def _begin(self, _: nn.Module, __: Any, named: dict[str, Any]) -> None:
+    def _begin(self, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        ids, embeddings = (named.get(name) for name in ("input_ids", "inputs_embeds"))
+        first = next((x for x in (ids, embeddings, *given) if isinstance(x, Tensor)), None)
+        self.rows = 1 if first is None else first.shape[0]
+        if not self.followers:
+            return
         cache = named.get("past_key_values")
         if cache is None or not cache.get_seq_length():
             for module in self.followers:
@@ -236,6 +243,12 @@ class SparseLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [..., S, K] → [..., S, N]; a sequence of one token is a decode step."""
         x = self._as_stored(x)
+        rows = self.control.rows
+        if x.dim() == 2 and rows > 1 and len(x) % rows == 0:  # all tokens of a batch in a row
+            return self._forward(x.unflatten(0, (rows, -1))).flatten(0, 1)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         start = self.control.first_sparse(x)
         padded = self.control.sparse_tokens(x)
         if self._needs_gradient(x):

@@ -293,8 +293,7 @@ def apply_plan(
                 advance()
         for name in plan.expert_modules:
             _replace_experts(patch, model, name)
-        if patch.control.followers:
-            patch.hooks.append(patch.control.follow(decoder_of(model)))
+        patch.hooks += patch.control.enter(*{model, decoder_of(model)})
         if config.head == "sparse":
             head = model.get_output_embeddings()  # type: ignore[operator]
             patch.hooks += patch.control.watch(decoder_of(model), head)
