@@ -94,7 +94,8 @@ def calibrate(
     config = config or SparsityConfig()
     # Whatever the caller's surroundings are: gradients are taken here, in the model's own dtype.
     device = next(model.parameters()).device.type
-    with torch.inference_mode(False), torch.autocast(device, enabled=False):
+    usual = device if torch.amp.is_autocast_available(device) else "cpu"  # of offloaded weights
+    with torch.inference_mode(False), torch.autocast(usual, enabled=False):
         return _calibrate(model, tokenizer, config, texts, show_progress, measurements, offloaded)
 
 

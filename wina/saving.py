@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from wina.errors import PatchStateError
 from wina.patch import Patch, patch_of
@@ -36,6 +35,8 @@ QUANT_METHOD = "wina"
 
 def saves_with_plan(model: nn.Module) -> None:
     """Let ``model.save_pretrained`` write the plan as well, until the model is restored."""
+    from transformers import PreTrainedModel  # slow, and there is a model of it by now
+
     if isinstance(model, PreTrainedModel):  # PEFT's model around one saves its adapters
         patch_of(model).attributes["save_pretrained"] = model.__dict__.get("save_pretrained")
         # A partial, since a bound method would be pickled by a name that the model does not have.
