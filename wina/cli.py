@@ -284,7 +284,11 @@ def recommend(
     ] = None,
     model: Model = "demo",
     methods: Annotated[
-        str, typer.Option(help="To choose from, by commas, each with settings of its own.")
+        str,
+        typer.Option(
+            help="To choose from, by commas, each with settings of its own. wina-plus, minutes for "
+            "each trial, is tried where it is named."
+        ),
     ] = "wina-fisher,wina-fisher/head=sparse",
     widths: Annotated[
         str,
