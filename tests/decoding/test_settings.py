@@ -23,6 +23,7 @@ PROMPT = random_tokens(12, seed=3)[None]
         {"temperature": 0.6, "top_p": 0.9},
         {"top_k": 5},
         {"top_k": 0},
+        {"top_k": None},
         {"min_p": 0.1, "typical_p": 0.9},
         {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
         {"config": GenerationConfig(temperature=0.7)},
@@ -52,6 +53,9 @@ def test_an_end_is_kept_away(llama: Any) -> None:
         assert first not in got[:4]
     found = wina.decode(llama, PROMPT, max_new_tokens=8, eos_token_id=torch.tensor([first]))
     assert (found.tokens.numel(), found.finish) == (1, ("eos",))
+    llama.generation_config.eos_token_id = first
+    assert wina.decode(llama, PROMPT, max_new_tokens=8).finish == ("eos",)
+    assert wina.decode(llama, PROMPT, max_new_tokens=8, eos_token_id=None).finish == ("length",)
 
 
 def test_time_ends_a_text(llama: nn.Module) -> None:

@@ -259,12 +259,12 @@ def settled(config: Any | None, models: Any, settings: dict[str, Any]) -> Any:
             f"unknown setting {', '.join(unknown)}: fields of transformers' GenerationConfig are "
             "taken, such as max_new_tokens, do_sample, temperature, top_k, top_p"
         )
-    for name, value in settings.items():
-        setattr(found, name, value)
     usual = {**defaults(), "max_length": None}  # nobody means 20 tokens in all
     for name, value in {**usual, **_said(models)}.items():
         if getattr(found, name, None) is None:
             setattr(found, name, value)
+    for name, value in settings.items():  # None, too: that there is no such thing
+        setattr(found, name, value)
     return found
 
 
