@@ -33,7 +33,7 @@ def test_patching_and_restoring_stopped_at_any_line(
     model_type: str, weight_dtype: str | None
 ) -> None:
     model = small(model_type)
-    plan = plan_for(model, weight_dtype=weight_dtype)
+    plan = plan_for(model, weight_dtype=weight_dtype, head="sparse", tracking=0.03)
     before = Snapshot(model)
 
     def patch() -> None:

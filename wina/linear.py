@@ -57,17 +57,20 @@ class Control:
             return False
         return self.dense_thread is None or self.dense_thread != threading.get_ident()
 
-    def watch(self, decoder: nn.Module, head: nn.Module) -> list[RemovableHandle]:
-        """Tell a head, which may be given a sequence's last hidden states only, how long it was."""
-        return [
-            decoder.register_forward_hook(self._note),
-            head.register_forward_hook(self._forget),
-            decoder.register_forward_pre_hook(self._forget),
-        ]
+    def watch(self, decoder: nn.Module, head: nn.Module, hooks: list[RemovableHandle]) -> None:
+        """Tell a head, which may be given a sequence's last hidden states only, how long it was.
 
-    def enter(self, *modules: nn.Module) -> list[RemovableHandle]:
+        Args:
+            decoder, head: of one model.
+            hooks: the handles are added to it one by one, so that none is lost to an interrupt.
+        """
+        hooks.append(decoder.register_forward_hook(self._note))
+        hooks.append(head.register_forward_hook(self._forget))
+        hooks.append(decoder.register_forward_pre_hook(self._forget))
+
+    def enter(self, module: nn.Module) -> RemovableHandle:
         """Note what a model, or the decoder in it, is given; a text begins with an empty cache."""
-        return [m.register_forward_pre_hook(self._begin, with_kwargs=True) for m in modules]
+        return module.register_forward_pre_hook(self._begin, with_kwargs=True)
 
     def _begin(self, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         ids, embeddings = (named.get(name) for name in ("input_ids", "inputs_embeds"))

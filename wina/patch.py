@@ -293,10 +293,11 @@ def apply_plan(
                 advance()
         for name in plan.expert_modules:
             _replace_experts(patch, model, name)
-        patch.hooks += patch.control.enter(*{model, decoder_of(model)})
+        for module in {model, decoder_of(model)}:
+            patch.hooks.append(patch.control.enter(module))
         if config.head == "sparse":
             head = model.get_output_embeddings()  # type: ignore[operator]
-            patch.hooks += patch.control.watch(decoder_of(model), head)
+            patch.control.watch(decoder_of(model), head, patch.hooks)
         if config.weight_dtype is None:
             _form_groups(model, plan, fused=gated)
         for name, found in gated.items():
