@@ -16,7 +16,7 @@ import wina
 from wina.allocation import ALLOCATIONS
 from wina.decoding.engines import Trimmed, choose_engine
 from wina.decoding.head import head_dtype
-from wina.errors import ConfigError, UnsupportedModelError
+from wina.errors import ConfigError, PatchStateError, UnsupportedModelError
 from wina.inspection import measure_sparsity
 from wina.linear import SparseLinear
 from wina.patch import prefill_protocol
@@ -24,7 +24,7 @@ from wina.plan import SparsityPlan
 from wina.prefill import parse_prefill
 from wina.projections import find_head, head_name
 from wina.quantized_linear import QuantizedSparseLinear
-from wina.testing import tiny_model
+from wina.testing import random_tokens, tiny_model
 
 WIDTHS = [None, "int8", "int4", "int4+int4"]
 
@@ -267,3 +267,30 @@ def test_a_head_that_is_no_linear_layer_is_refused(llama: Any) -> None:
     llama.lm_head = nn.Sequential(llama.lm_head)
     with pytest.raises(UnsupportedModelError, match="lm_head is a Sequential: set head='dense'"):
         find_head(llama)
+
+
+def test_a_sparse_head_is_not_replaced_in_silence() -> None:
+    model: Any = tiny_model("llama", tie_word_embeddings=True)
+    wina.sparsify(model, plan_for(model, head="sparse"))
+    for call in (lambda: model.resize_token_embeddings(270), model.tie_weights):
+        with pytest.raises(PatchStateError, match=r"wina.restore\(model\) before"):
+            call()
+    wina.restore(model)
+    model.tie_weights()
+    model.resize_token_embeddings(270)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_what_is_trained_beside_a_sparse_head_that_is_tied_stays_when_it_is_restored() -> None:
+    model: Any = tiny_model("llama", tie_word_embeddings=True)
+    wina.sparsify(model, plan_for(model, head="sparse", sparsity=0.0))
+    tokens = random_tokens(32)[None]
+    assert not model.lm_head.weight.requires_grad
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    before = model.get_input_embeddings().weight.detach().clone()
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    trained = model.get_input_embeddings().weight.detach().clone()
+    assert not torch.equal(trained, before)
+    wina.restore(model)
+    assert torch.equal(model.lm_head.weight, trained)

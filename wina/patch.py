@@ -9,6 +9,7 @@ import threading
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +54,10 @@ _HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
     "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip
+
+
+# Methods of a model that replace its head, or its head's weight.
+_OF_HEADS = ("resize_token_embeddings", "tie_weights")
 
 
 class Layout:
@@ -298,6 +303,10 @@ def apply_plan(
         if config.head == "sparse":
             head = model.get_output_embeddings()  # type: ignore[operator]
             patch.control.watch(decoder_of(model), head, patch.hooks)
+            for name in _OF_HEADS:
+                if hasattr(model, name):
+                    patch.attributes[name] = model.__dict__.get(name)
+                    model.__dict__[name] = partial(_refuse, name)
         if config.weight_dtype is None:
             _form_groups(model, plan, fused=gated)
         for name, found in gated.items():
@@ -312,6 +321,13 @@ def apply_plan(
     # Not before all is done: an interrupted patch gives the model back as it was.
     if rounds and not keep_original:
         patch.drop_originals()
+
+
+def _refuse(name: str, *_: Any, **__: Any) -> None:
+    raise PatchStateError(
+        f"{name} would put another head in the place of the sparse one: call wina.restore(model) "
+        "before, and wina.sparsify after"
+    )
 
 
 def check_use(
@@ -384,8 +400,9 @@ def _lay(patch: Patch, sparse: SparseLinear) -> None:
     if not sparse.choice.backend.k_major:
         return
     if sparse.name in patch.tied:
+        # A copy is not trained: the embedding is what is saved, and what comes back.
         rows = weight.detach().t().clone(memory_format=torch.contiguous_format)
-        sparse.weight = nn.Parameter(rows.t(), weight.requires_grad)
+        sparse.weight = nn.Parameter(rows.t(), requires_grad=False)
         return
     patch.transposed.append(weight)
     patch.layout.to_k_major(weight)
