@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wina.inspection import RealisedSparsity, measure_sparsity
-from wina.patch import dense
+from wina.switches import dense
 
 # Tokens whose logits are alive at once, for the dense and for the sparse model.
 _CHUNK = 256

@@ -28,10 +28,11 @@ from wina.eval.columns import BACKEND, columns_of
 from wina.eval.grid import fingerprint, versions
 from wina.files import read_json
 from wina.inspection import inspect, measure_sparsity
-from wina.patch import is_patched, prefill_protocol, restore
+from wina.patch import is_patched, restore
 from wina.prefill import parse_prefill
 from wina.progress import progress
 from wina.rotation import rotated
+from wina.switches import prefill_protocol
 from wina.texts import bundled, default_texts, digest, to_windows
 
 # Tokens whose logits are widened to float32 at once: all of a text's would be gigabytes, which

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import wina
 from wina import SparsityConfig, SparsityPlan, calibrate
-from wina.patch import prefill_protocol
 from wina.prefill import Prefill
+from wina.switches import prefill_protocol
 from wina.testing import TINY, random_tokens, tiny_model
 
 ARCHITECTURES = list(TINY)

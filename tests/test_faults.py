@@ -16,7 +16,8 @@ from wina.linear import SparseLinear
 from wina.patch import is_patched
 from wina.testing import random_tokens, tiny_model
 
-PATCHING = ("patch.py", "linear.py", "quantized_linear.py", "mlp.py", "group.py", "plan.py")
+PATCHING = ("patch.py", "control.py", "layout.py", "linear.py", "quantized_linear.py", "mlp.py",
+            "group.py", "plan.py")  # fmt: skip
 CALIBRATING = ("calibration.py", "scores.py", "statistics.py", "allocation/gradients.py",
                "allocation/blocks.py", "allocation/base.py")  # fmt: skip
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import wina
 from wina.errors import ConfigError, PatchStateError, PlanError, UnsupportedModelError
+from wina.layout import Layout
 from wina.linear import SparseLinear
 from wina.mlp import SparseGatedMLP
-from wina.patch import Layout, is_patched
+from wina.patch import is_patched
 from wina.sparse_experts import SparseExperts
 from wina.testing import TINY, random_tokens, tiny_model
 

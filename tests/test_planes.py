@@ -12,7 +12,6 @@ from wina.criteria import CRITERIA
 from wina.errors import ConfigError
 from wina.inspection import measure_sparsity
 from wina.kernels.quantization import WEIGHT_DTYPES, QuantizedWeight, quantize
-from wina.patch import prefill_protocol
 from wina.planes import in_planes, moments_of_planes, repeated, summed
 from wina.prefill import parse_prefill
 from wina.quantized_linear import QuantizedSparseLinear
@@ -20,6 +19,7 @@ from wina.registry import create
 from wina.rounding import GPTQ, ROUNDINGS, Nearest
 from wina.scores import ChannelScores
 from wina.selectors import SELECTORS
+from wina.switches import prefill_protocol
 
 PLANES = WEIGHT_DTYPES["int4+int4"]
 

@@ -19,11 +19,11 @@ from wina.decoding.head import head_dtype
 from wina.errors import ConfigError, PatchStateError, UnsupportedModelError
 from wina.inspection import measure_sparsity
 from wina.linear import SparseLinear
-from wina.patch import prefill_protocol
 from wina.plan import SparsityPlan
 from wina.prefill import parse_prefill
 from wina.projections import find_head, head_name
 from wina.quantized_linear import QuantizedSparseLinear
+from wina.switches import prefill_protocol
 from wina.testing import random_tokens, tiny_model
 
 WIDTHS = [None, "int8", "int4", "int4+int4"]

@@ -16,8 +16,8 @@ from wina.errors import ConfigError
 from wina.inspection import measure_sparsity
 from wina.kernels import cpu, ops, reference
 from wina.linear import SparseLinear
-from wina.patch import padded_batch
 from wina.plan import SparsityPlan
+from wina.switches import padded_batch
 from wina.testing import random_tokens, tiny_model
 
 

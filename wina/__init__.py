@@ -13,9 +13,10 @@ from wina.decoding import decode
 from wina.errors import WinaError
 from wina.inspection import inspect
 from wina.integrations.on_import import when_imported
-from wina.patch import dense, restore
+from wina.patch import restore
 from wina.plan import SparsityPlan
 from wina.rotation import rotate, unrotate
+from wina.switches import dense
 
 if TYPE_CHECKING:
     from wina.integrations.transformers import WinaConfig

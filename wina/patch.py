@@ -5,9 +5,7 @@ Knows plans; knows nothing of how they are calibrated.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from wina.config import SparsityConfig
+from wina.control import Control
 from wina.errors import (
     ConfigError,
     PatchStateError,
@@ -27,7 +26,8 @@ from wina.errors import (
 from wina.experts import ROLES, recognise_experts
 from wina.group import ProjectionGroup
 from wina.kernels.dispatch import backends
-from wina.linear import Control, SparseLinear
+from wina.layout import Layout
+from wina.linear import SparseLinear
 from wina.methods import METHODS
 from wina.mlp import SparseGatedMLP, recognise_gated_mlp
 from wina.plan import SparsityPlan
@@ -45,8 +45,6 @@ from wina.quantized_linear import QuantizedSparseLinear
 from wina.sparse_experts import SparseExperts
 
 _ATTRIBUTE = "_wina_patch"
-_COUNTING = threading.Lock()  # of blocks that make a model dense
-
 
 # Where torch keeps what others have registered on a module.
 _HOOKS = (
@@ -58,52 +56,6 @@ _HOOKS = (
 
 # Methods of a model that replace its head, or its head's weight.
 _OF_HEADS = ("resize_token_embeddings", "tie_weights")
-
-
-class Layout:
-    """Turns weights over inside their own storage, without losing one to an interrupt.
-
-    While a weight is rewritten its values are held beside it, so that :meth:`recover` can finish.
-    """
-
-    def __init__(self) -> None:
-        self._pending: tuple[nn.Parameter, Tensor] | None = None
-
-    def to_k_major(self, parameter: nn.Parameter) -> None:
-        """Lay a weight [..., N, K] K-major: same values, shape and storage, last strides (1, N)."""
-        data = parameter.data
-        if data.mT.is_contiguous():
-            return
-        values = data.mT.clone(memory_format=torch.contiguous_format)
-        self._pending = (parameter, values)
-        turned = _memory(parameter).view(values.shape)
-        turned.copy_(values)
-        parameter.data = turned.mT
-        self._pending = None
-
-    def to_row_major(self, parameter: nn.Parameter) -> None:
-        """Inverse of :meth:`to_k_major`."""
-        if parameter.data.is_contiguous():
-            return
-        self._pending = (
-            parameter, parameter.data.mT.clone(memory_format=torch.contiguous_format)
-        )  # fmt: skip
-        self.recover()
-
-    def recover(self) -> None:
-        """Finish a weight whose rewriting was interrupted: it ends row-major."""
-        if self._pending is None:
-            return
-        parameter, values = self._pending
-        straight = _memory(parameter).view(values.mT.shape)
-        straight.copy_(values.mT)
-        parameter.data = straight
-        self._pending = None
-
-
-def _memory(parameter: nn.Parameter) -> Tensor:
-    """The elements of a dense parameter as they lie in memory, [numel]."""
-    return parameter.data.as_strided((parameter.numel(),), (1,))
 
 
 Place = tuple[nn.Module, str]  # a parent, and the name of its child
@@ -437,75 +389,6 @@ def restore(model: nn.Module) -> None:
         if before is not None:
             owner.__dict__[name] = before
     del owner.__dict__[_ATTRIBUTE]
-
-
-@contextmanager
-def dense(model: nn.Module) -> Iterator[nn.Module]:
-    """Let a sparsified model compute densely inside the ``with`` block.
-
-    Weights stay K-major, so speed is not that of the restored model: use :func:`restore` to time
-    a dense baseline. Weights that were rounded stay rounded.
-    """
-    control = patch_of(model).control
-    with _COUNTING:
-        control.dense_blocks += 1
-    try:
-        yield model
-    finally:
-        with _COUNTING:
-            control.dense_blocks -= 1
-
-
-@contextmanager
-def dense_in_this_thread(model: nn.Module) -> Iterator[nn.Module]:
-    """:func:`dense` for the thread that is in the ``with`` block; one at a time may be."""
-    control = patch_of(model).control
-    control.dense_thread = threading.get_ident()
-    try:
-        yield model
-    finally:
-        control.dense_thread = None
-
-
-@contextmanager
-def prefill_protocol(model: nn.Module, prefill: Prefill) -> Iterator[nn.Module]:
-    """Score texts under another prefill protocol inside the ``with`` block."""
-    control = patch_of(model).control
-    before = control.prefill
-    control.prefill = prefill
-    try:
-        yield model
-    finally:
-        control.prefill = before
-
-
-@contextmanager
-def padded_batch(
-    model: nn.Module, lengths: Sequence[int], size: int, padding: str
-) -> Iterator[nn.Module]:
-    """Run a padded batch inside the ``with`` block as if each row were alone.
-
-    The prefill protocol counts the tokens of a sequence. Without this it would count the padding:
-    the first tokens of a left-padded row would not be the ones that stay dense, and the last half
-    of a right-padded row would begin too late.
-
-    Args:
-        model: sparsified; a dense model needs nothing of the kind.
-        lengths: tokens of each row without its padding.
-        size: tokens of each row with it.
-        padding: ``"left"`` or ``"right"``.
-    """
-    control = patch_of(model).control
-    before = control.padded
-    if min(lengths, default=size) < size:
-        sparse = control.prefill.sparse_tokens(lengths, size, padding)
-        control.padded = sparse.to(next(model.parameters()).device)
-    else:
-        control.padded = None
-    try:
-        yield model
-    finally:
-        control.padded = before
 
 
 def _tied_head(model: nn.Module) -> str | None:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wina.control import Control
 from wina.corrections import Terms
 from wina.errors import PatchStateError
 from wina.group import scales
 from wina.kernels.dispatch import Choice, LayerSpec, choose
 from wina.kernels.quantization import QuantizedWeight, WeightDtype
-from wina.linear import Control, SparseLinear
+from wina.linear import SparseLinear
 from wina.planes import repeated, summed
 from wina.selectors import Selector
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wina.control import Control
 from wina.experts import ROLES, FusedExperts
 from wina.kernels.dispatch import Choice, LayerSpec, choose
 from wina.kernels.reference import mask_inputs
-from wina.linear import Control
 from wina.selectors import Selector
 
 

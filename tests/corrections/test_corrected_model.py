@@ -18,6 +18,7 @@ from wina.errors import ConfigError, PlanError
 from wina.linear import SparseLinear
 from wina.mlp import SparseGatedMLP
 from wina.plan import SparsityPlan
+from wina.switches import padded_batch
 from wina.testing import random_tokens, tiny_model
 
 TERMS = {
@@ -99,7 +100,7 @@ def test_padding_changes_nothing(llama: nn.Module, terms: str) -> None:
     mask = (torch.arange(17) >= 5).long()[None]
     with torch.no_grad():
         alone = llama(input_ids=ids).logits
-        with wina.patch.padded_batch(llama, [12], 17, "left"):
+        with padded_batch(llama, [12], 17, "left"):
             together = llama(
                 input_ids=padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(0)
             ).logits[:, 5:]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import wina
 from wina.errors import ConfigError, PatchStateError
 from wina.inspection import measure_sparsity
-from wina.patch import padded_batch
 from wina.prefill import parse_prefill
+from wina.switches import padded_batch
 from wina.testing import random_tokens, tiny_model
 
 PROTOCOLS = ("all", "last:0.99", "last:0.5", "dense")

@@ -15,13 +15,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from wina.control import Control
 from wina.errors import ConfigError
 from wina.group import ProjectionGroup
 from wina.kernels import ops, triton
 from wina.kernels.dispatch import LayerSpec, choose
 from wina.kernels.triton import config
 from wina.kernels.triton.config import Card, Launch
-from wina.linear import Control, SparseLinear
+from wina.linear import SparseLinear
 from wina.prefill import parse_prefill
 from wina.selectors import Selector, Threshold, TopK
 

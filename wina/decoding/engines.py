@@ -20,7 +20,8 @@ from wina.errors import ConfigError, PatchStateError
 from wina.kernels import cpu
 from wina.kernels.program import bind
 from wina.kernels.quantization import QuantizedWeight
-from wina.patch import dense_in_this_thread, is_patched, padded_batch, patch_of
+from wina.patch import is_patched, patch_of
+from wina.switches import dense_in_this_thread, padded_batch
 
 # Relative error of logits that two implementations of one model may have.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -20,9 +20,10 @@ from lm_eval.models.huggingface import HFLM
 from wina.api import sparsify
 from wina.config import SparsityConfig
 from wina.errors import ConfigError
-from wina.patch import is_patched, padded_batch
+from wina.patch import is_patched
 from wina.plan import SparsityPlan
 from wina.progress import progress
+from wina.switches import padded_batch
 from wina.texts import read_documents
 
 # Tokens of one padded batch of texts to score. Logits take 4 bytes × vocabulary each, twice.
