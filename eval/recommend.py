@@ -172,13 +172,16 @@ class Adviser:
         if good > MOST or (here := self._try(method, width, good).nats_over_dense) > nats:
             return
         bad, there = MOST, math.inf
+        side, times = 0, 0  # the end that moved last, and how often in a row
         while here < _MET * nats and bad - good > 2 * _NEAR:
-            asked = _between(good, here, bad, there, nats)
+            # An end that moves alone creeps towards the other: halving catches up.
+            asked = (good + bad) / 2 if times > 1 else _between(good, here, bad, there, nats)
             loss = self._try(method, width, asked).nats_over_dense
             if loss <= nats:
-                good, here = asked, loss
+                good, here, moved = asked, loss, 1
             else:
-                bad, there = asked, loss
+                bad, there, moved = asked, loss, -1
+            side, times = moved, times + 1 if moved == side else 1
 
     def _dense_share(self, width: str) -> float:
         return self.costs.share(self.costs.at({}, self._config("dense", width, 0.0)))
