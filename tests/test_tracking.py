@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import config, plan_for
 from torch import Tensor, nn
+from transformers import StaticCache
 
 import wina
 from wina.config import SparsityConfig
@@ -253,6 +254,23 @@ def test_every_text_begins_anew(llama: nn.Module, prefill: str, length: int) -> 
         for _ in range(2)
     )  # fmt: skip
     assert torch.equal(torch.stack(first), torch.stack(second))
+
+
+def test_texts_in_a_static_cache_begin_anew_unasked(llama: nn.Module) -> None:
+    tracked(llama, tracking=0.5)
+    tokens = random_tokens(12, seed=2)[None]
+    static = {"cache_implementation": "static", "disable_compile": True, "do_sample": False}
+    first, second = (llama.generate(tokens, max_new_tokens=8, **static) for _ in range(2))
+    assert torch.equal(first, second)
+    assert any(float(module.tracked) != 0.0 for module in modules(llama))
+    cache = StaticCache(llama.config, max_cache_len=32)
+    control = modules(llama)[0].control
+    with torch.no_grad():
+        llama(tokens, past_key_values=cache)
+    assert isinstance(cache.get_seq_length(), Tensor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "__bool__", lambda _: pytest.fail("it waits for the device"))
+        control._begin(llama, (), {"input_ids": tokens[:, :1], "past_key_values": cache})
 
 
 def test_a_prompt_in_parts_goes_on(llama: nn.Module) -> None:

@@ -74,7 +74,11 @@ class Control:
         if not self.followers:
             return
         cache = named.get("past_key_values")
-        if cache is None or not cache.get_seq_length():
+        length = 0 if cache is None else cache.get_seq_length()
+        # A static cache counts on its device, where asking every token would wait for it: there
+        # several tokens at once are a prompt.
+        several = first is not None and first.shape[1] > 1
+        if several if isinstance(length, Tensor) else not length:
             for module in self.followers:
                 module.forget()
 
